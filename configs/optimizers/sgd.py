@@ -1,0 +1,14 @@
+"""optax.sgd, with momentum."""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    return config_dict.ConfigDict(
+        dict(
+            name='sgd',
+            learning_rate=1e-3,
+            momentum=0.9,
+            nesterov=False,
+        )
+    )

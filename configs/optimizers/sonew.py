@@ -1,0 +1,17 @@
+"""SONew, tridiagonal; band=0 is the diagonal method."""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    return config_dict.ConfigDict(
+        dict(
+            name='sonew',
+            learning_rate=3e-3,
+            b1=0.9,
+            b2=0.95,
+            eps=1e-6,
+            band=1,
+            weight_decay=0.0,
+        )
+    )

@@ -1,0 +1,1 @@
+"""The experiments that reproduce the papers' tables. Not part of the library."""

@@ -1,0 +1,46 @@
+"""From an optimizer config to an Optax transformation."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+import optax.contrib
+
+import precond_optax
+
+FACTORIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
+    'adafactor': optax.adafactor,
+    'adagrad': optax.adagrad,
+    'adam': optax.adam,
+    'adamw': optax.adamw,
+    'muon': optax.contrib.muon,
+    'rmsprop': optax.rmsprop,
+    'sgd': optax.sgd,
+    'sonew': precond_optax.sonew,
+}
+
+
+def make(
+    config: Mapping[str, Any], schedule: Callable[[float], optax.Schedule]
+) -> optax.GradientTransformation:
+    """The optimizer that a config describes.
+
+    Args:
+      config: ``name``, ``learning_rate`` (the peak), and the factory's other keywords.
+      schedule: the task's schedule of the learning rate, from its peak.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: if the name or a keyword is unknown.
+    """
+    arguments = dict(config)
+    name = arguments.pop('name', None)
+    if name not in FACTORIES:
+        raise ValueError(f'optimizer.name must be one of {sorted(FACTORIES)}, got {name!r}.')
+    peak = arguments.pop('learning_rate')
+    try:
+        return FACTORIES[name](learning_rate=schedule(peak), **arguments)
+    except TypeError as error:
+        raise ValueError(f'optimizer {name!r} does not take these keywords: {error}.') from error

@@ -1,0 +1,61 @@
+"""Autoencoder on images: binary cross-entropy summed over the pixels, mean over the batch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from experiments.tasks import Task
+from experiments.tasks.autoencoder import data, loss, model
+
+
+def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
+    """The task; see ``configs/tasks/autoencoder.py`` for the fields of ``config``."""
+    train, test = data.load(config['source'], data_dir)
+    if not 1 <= config['batch_size'] <= len(train):
+        raise ValueError(
+            f'task.batch_size must be in [1, {len(train)}] for source {config["source"]!r}, '
+            f'got {config["batch_size"]}.'
+        )
+    steps_per_epoch = len(train) // config['batch_size']
+    sizes = (train.shape[1], *config['hidden'], train.shape[1])
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: model.Autoencoder(sizes, nnx.Rngs(0))))
+
+    def init(key: jax.Array) -> Any:
+        network = model.Autoencoder(sizes, nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.state(network, nnx.Param))
+
+    def batch_loss(params: Any, images: jax.Array) -> jax.Array:
+        pixels = images.astype(jnp.float32) / data.MAX_PIXEL[config['source']]
+        return loss.reconstruction_loss(nnx.merge(graphdef, params)(pixels), pixels)
+
+    def schedule(peak: float) -> optax.Schedule:
+        return loss.warmup_then_linear(
+            peak, config['epochs'], config['warmup_epochs'], steps_per_epoch
+        )
+
+    arrays = {'train_loss': jnp.asarray(train), 'test_loss': jnp.asarray(test)}
+
+    @jax.jit
+    def mean_loss(params: Any, images: jax.Array) -> jax.Array:
+        # In slices: 60,000 examples at once would need gigabytes of activations.
+        chunk = min(1000, len(images))
+        whole = len(images) // chunk * chunk
+        slices = images[:whole].reshape(-1, chunk, images.shape[1])
+        total = chunk * jnp.sum(jax.lax.map(lambda x: batch_loss(params, x), slices))
+        if whole < len(images):
+            total += (len(images) - whole) * batch_loss(params, images[whole:])
+        return total / len(images)
+
+    return Task(
+        train_data=arrays['train_loss'],
+        batch_size=config['batch_size'],
+        epochs=config['epochs'],
+        init=init,
+        loss=batch_loss,
+        schedule=schedule,
+        evaluate=lambda params: {k: mean_loss(params, x) for k, x in arrays.items()},
+    )

@@ -1,0 +1,37 @@
+"""The network: a stack of dense layers, tanh except at the code and at the output."""
+
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+
+class Autoencoder(nnx.Module):
+    """784-1000-500-250-30-250-500-1000-784 in the paper: Glorot-uniform kernels, zero biases.
+
+    Args:
+      sizes: units of the input, of the hidden layers and of the output. The narrowest hidden
+        layer is the code.
+      rngs: the keys.
+    """
+
+    def __init__(self, sizes: Sequence[int], rngs: nnx.Rngs) -> None:
+        hidden = list(sizes[1:-1])
+        self.linear = {hidden.index(min(hidden)), len(hidden)}  # layers without tanh
+        self.depth = len(sizes) - 1
+        for i in range(self.depth):
+            layer = nnx.Linear(
+                sizes[i],
+                sizes[i + 1],
+                kernel_init=nnx.initializers.glorot_uniform(),
+                rngs=rngs,
+            )
+            setattr(self, f'dense_{i}', layer)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits of shape (batch, pixels) from pixels of that shape, in [0, 1]."""
+        for i in range(self.depth):
+            x = getattr(self, f'dense_{i}')(x)
+            if i not in self.linear:
+                x = nnx.tanh(x)
+        return x

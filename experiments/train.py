@@ -1,0 +1,174 @@
+"""The training loop: one function, ``train_and_evaluate``."""
+
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import tqdm
+
+from experiments import optimizers, tasks, workdir as workdir_lib
+
+
+class Carry(NamedTuple):
+    """What a run needs to go on, and all that a checkpoint holds besides the clock."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array  # shape=(), dtype=int32: steps taken
+
+
+def make_segment(
+    task: tasks.Task, tx: optax.GradientTransformation, seed: int
+) -> Any:
+    """A function of (carry, data, length) that takes ``length`` steps in one compiled scan.
+
+    The order of the examples depends on the seed and the epoch only, never on where the run was
+    cut into segments: so a resumed run sees the same batches.
+    """
+    per_epoch, size = task.steps_per_epoch, task.batch_size
+    order_key = jax.random.fold_in(jax.random.key(seed), 1)
+
+    def order_of(epoch: jax.Array) -> jax.Array:
+        return jax.random.permutation(jax.random.fold_in(order_key, epoch), task.num_train)
+
+    def step(data: Any, scanned: tuple[Carry, jax.Array], _: None) -> Any:
+        (params, opt_state, count), order = scanned
+        index = count % per_epoch
+        order = jax.lax.cond(
+            index == 0, lambda: order_of(count // per_epoch), lambda: order
+        )
+        rows = jax.lax.dynamic_slice_in_dim(order, index * size, size)
+        batch = jax.tree.map(lambda x: x[rows], data)
+        loss, grads = jax.value_and_grad(task.loss)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return (Carry(params, opt_state, count + 1), order), loss
+
+    @functools.partial(jax.jit, static_argnames='length', donate_argnames='carry')
+    def segment(carry: Carry, data: Any, length: int) -> tuple[Carry, jax.Array]:
+        order = order_of(carry.step // per_epoch)
+        (carry, _), losses = jax.lax.scan(
+            functools.partial(step, data), (carry, order), length=length
+        )
+        return carry, losses
+
+    return segment
+
+
+def _segments(start: int, stop: int, log_every: int) -> list[int]:
+    """Lengths of the segments from ``start``, a multiple of ``log_every``, to ``stop``."""
+    return [min(log_every, stop - at) for at in range(start, stop, log_every)]
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    for name in ('epochs', 'log_every', 'checkpoint_every_epochs'):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ValueError(f'task.{name} must be an integer >= 1, got {config[name]!r}.')
+
+
+def train_and_evaluate(
+    task_config: Mapping[str, Any],
+    optimizer_config: Mapping[str, Any],
+    workdir: str | pathlib.Path,
+    data_dir: str | None = None,
+    *,
+    progress: bool = True,
+    stop_after: int | None = None,
+) -> dict[str, Any]:
+    """Trains a task with an optimizer, from where ``workdir`` left off.
+
+    Args:
+      task_config: see ``configs/tasks``.
+      optimizer_config: see ``configs/optimizers``.
+      workdir: where ``config.json``, ``metrics.jsonl``, ``summary.json`` and the checkpoints go.
+        A second call with the same configuration resumes from the last checkpoint, bit for bit.
+      data_dir: where the data set lies; not part of the configuration.
+      progress: whether to draw a bar.
+      stop_after: stop, without a summary, once this many steps are logged. For tests.
+
+    Returns:
+      The summary, as in ``summary.json``.
+
+    Raises:
+      ValueError: for a wrong configuration, or a workdir that holds another one.
+      FileNotFoundError: for missing data.
+    """
+    _check(task_config)
+    task = tasks.make(task_config, data_dir)
+    tx = optax.apply_if_finite(
+        optimizers.make(optimizer_config, task.schedule), task_config['max_consecutive_errors']
+    )
+    learning_rate = jax.jit(task.schedule(optimizer_config['learning_rate']))
+    log_every, total = task_config['log_every'], task.num_steps
+    save_steps = task_config['checkpoint_every_epochs'] * task.steps_per_epoch
+    save_every = -(-save_steps // log_every) * log_every
+
+    def initial() -> Carry:
+        params = task.init(jax.random.fold_in(jax.random.key(task_config['seed']), 0))
+        return Carry(params, tx.init(params), jnp.zeros([], jnp.int32))
+
+    with workdir_lib.Workdir(workdir, task_config, optimizer_config) as run:
+        if (finished := run.summary()) is not None:
+            return finished
+        carry, seconds = run.restore(jax.eval_shape(initial))
+        if carry is None:
+            carry = jax.jit(initial)()
+        start = int(carry.step)
+        run.truncate_metrics(start)
+        segment = make_segment(task, tx, task_config['seed'])
+        compiled: dict[int, Any] = {}
+        clock = time.perf_counter()
+        for length in {*_segments(start, total, log_every)}:
+            compiled[length] = segment.lower(carry, task.train_data, length=length).compile()
+        compile_seconds = time.perf_counter() - clock
+
+        step = start
+        bar = tqdm.tqdm(total=total, initial=start, unit='step', disable=not progress)
+        for length in _segments(start, total, log_every):
+            clock = time.perf_counter()
+            carry, losses = compiled[length](carry, task.train_data)
+            losses = jax.device_get(losses)  # the one synchronisation of the segment
+            seconds += time.perf_counter() - clock
+            step += length
+            row = {
+                'step': step,
+                'epoch': step / task.steps_per_epoch,
+                'seconds': seconds,
+                'loss': float(losses.mean()),
+                'last_loss': float(losses[-1]),
+                'learning_rate': float(learning_rate(step - 1)),
+                'notfinite': int(carry.opt_state.total_notfinite),
+            }
+            run.log(row)
+            bar.update(length)
+            bar.set_postfix(loss=f'{row["loss"]:.3f}', notfinite=row['notfinite'])
+            if step % save_every == 0 or step == total:
+                run.save(step, carry, seconds)
+            if stop_after is not None and step >= stop_after and step < total:
+                bar.close()
+                return {'step': step}
+        bar.close()
+        metrics = {k: float(v) for k, v in task.evaluate(carry.params).items()}
+        return run.finish(
+            {
+                **metrics,
+                'steps': total,
+                'seconds': seconds,
+                'compile_seconds': compile_seconds,
+                'steps_per_second': total / seconds,
+                'num_params': sum(x.size for x in jax.tree.leaves(carry.params)),
+                'state_bytes': _optimizer_bytes(carry.opt_state),
+                'notfinite': int(carry.opt_state.total_notfinite),
+            }
+        )
+
+
+def _optimizer_bytes(state: optax.ApplyIfFiniteState) -> int:
+    """Bytes of the optimizer's state, without the wrapper's counters."""
+    return sum(x.nbytes for x in jax.tree.leaves(state.inner_state))

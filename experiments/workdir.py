@@ -1,0 +1,167 @@
+"""A run's folder: its configuration, its log, its checkpoints, its summary."""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy', 'orbax-checkpoint', 'precond_optax')
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as JSON gives it back: tuples become lists."""
+    to_dict = getattr(config, 'to_dict', None)
+    return json.loads(json.dumps(to_dict() if to_dict else dict(config)))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and code of a run, so that its numbers can be traced."""
+    import importlib.metadata
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    try:
+        here = pathlib.Path(__file__).parent
+        commit = subprocess.run(
+            ['git', 'describe', '--always', '--dirty', '--abbrev=12'],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        'python': platform.python_version(),
+        'versions': versions,
+        'device': jax.devices()[0].device_kind,
+        'num_devices': jax.device_count(),
+        'num_cpus': os.cpu_count(),
+        'commit': commit,
+    }
+
+
+class Workdir:
+    """Opens a folder for one configuration and keeps everything that a run leaves there.
+
+    Args:
+      path: the folder; made if it is not there.
+      task_config: the task's configuration.
+      optimizer_config: the optimizer's.
+
+    Raises:
+      ValueError: if the folder holds another configuration.
+    """
+
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        task_config: Mapping[str, Any],
+        optimizer_config: Mapping[str, Any],
+    ) -> None:
+        self.path = pathlib.Path(path).absolute()
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f'--workdir={str(path)!r} is a file, a folder is needed.')
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim({'task': _plain(task_config), 'optimizer': _plain(optimizer_config)})
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.path / 'checkpoints', options=options)
+
+    def __enter__(self) -> 'Workdir':
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def _claim(self, config: dict[str, Any]) -> None:
+        """Writes the configuration, or checks that the folder holds this very one."""
+        file = self.path / 'config.json'
+        if not file.exists():
+            _write(file, {**config, 'environment': environment()})
+            return
+        held = json.loads(file.read_text())
+        differences = [
+            f'{group}.{key}: {held[group].get(key)!r} there, {config[group].get(key)!r} given'
+            for group in ('task', 'optimizer')
+            for key in sorted({*held[group], *config[group]})
+            if held[group].get(key) != config[group].get(key)
+        ]
+        if differences:
+            raise ValueError(
+                f'workdir {self.path} holds a run of another configuration ('
+                + '; '.join(differences)
+                + '). Choose another --workdir, or remove this one.'
+            )
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends a line to ``metrics.jsonl``; on the disk when this returns."""
+        with open(self.path / 'metrics.jsonl', 'a', encoding='utf-8') as file:
+            file.write(json.dumps(row) + '\n')
+            file.flush()
+            os.fsync(file.fileno())
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops log lines after ``step``: what was logged after the checkpoint is run again."""
+        file = self.path / 'metrics.jsonl'
+        kept = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the line that a kill cut off
+            if row['step'] <= step:
+                kept.append(line + '\n')
+        _write_text(file, ''.join(kept))
+
+    def save(self, step: int, carry: Any, seconds: float) -> None:
+        """Saves a checkpoint; on the disk when this returns."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                carry=ocp.args.StandardSave(carry), clock=ocp.args.JsonSave({'seconds': seconds})
+            ),
+        )
+
+    def restore(self, like: Any) -> tuple[Any | None, float]:
+        """The last checkpoint and its clock in seconds; ``(None, 0.0)`` if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None, 0.0
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                carry=ocp.args.StandardRestore(like), clock=ocp.args.JsonRestore()
+            ),
+        )
+        return restored['carry'], restored['clock']['seconds']
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a run that is through, else None."""
+        file = self.path / 'summary.json'
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Writes ``summary.json``: the run is through."""
+        _write(self.path / 'summary.json', summary)
+        return summary
+
+
+def _write(file: pathlib.Path, content: dict[str, Any]) -> None:
+    _write_text(file, json.dumps(content, indent=2) + '\n')
+
+
+def _write_text(file: pathlib.Path, text: str) -> None:
+    """Whole or not at all: a kill leaves the old file or the new one."""
+    partial = file.with_suffix(file.suffix + '.partial')
+    partial.write_text(text)
+    os.replace(partial, file)

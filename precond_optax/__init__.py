@@ -1,0 +1,20 @@
+"""Second-order and structured preconditioners for JAX, as Optax transformations."""
+
+from precond_optax.grafting import Graft
+from precond_optax.layout import Layout, LeafRule
+from precond_optax.plan import LeafPlan, Plan, plan
+from precond_optax.sonew import ScaleBySonewState, scale_by_sonew, sonew
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'Graft',
+    'Layout',
+    'LeafPlan',
+    'LeafRule',
+    'Plan',
+    'ScaleBySonewState',
+    'plan',
+    'scale_by_sonew',
+    'sonew',
+]

@@ -1,0 +1,66 @@
+"""Clear errors for wrong arguments: what was given and what is allowed.
+
+Only Python and NumPy numbers can be checked at construction. A traced value or a
+``jax.Array`` (as ``optax.inject_hyperparams`` passes) is let through: looking at it would
+stop the trace or wait for the device.
+"""
+
+import numbers
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def is_static_zero(value: Any) -> bool:
+    """Whether ``value`` is a zero known while tracing, so that its term can be left out."""
+    return isinstance(value, (numbers.Number, np.number)) and value == 0
+
+
+def in_range(
+    name: str, value: Any, low: float, high: float = float('inf'), *, high_included: bool = False
+) -> None:
+    """Raises ``ValueError`` unless ``low <= value < high`` (``<= high`` where included)."""
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return
+    allowed = f'[{low:g}, {high:g}' + (']' if high_included else ')')
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.number)):
+        raise ValueError(f'{name} must be a number in {allowed}, got {value!r}.')
+    if not (low <= value < high or (high_included and value == high)):
+        raise ValueError(f'{name} must be in {allowed}, got {value!r}.')
+
+
+def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
+    """Raises ``ValueError`` unless ``value`` is one of ``allowed``."""
+    if isinstance(value, (jax.Array, np.ndarray)) or value not in allowed:
+        raise ValueError(f'{name} must be one of {", ".join(map(repr, allowed))}, got {value!r}.')
+
+
+def static_int(name: str, value: Any, allowed: Collection[int], why: str = '') -> None:
+    """Raises ``ValueError`` unless ``value`` is a plain integer among ``allowed``.
+
+    An integer that decides the shape of the state cannot be traced: the message names the
+    ``static_args`` that ``optax.inject_hyperparams`` needs.
+    """
+    if isinstance(value, jax.Array):
+        raise ValueError(
+            f'{name} must be a Python int, got {value!r}: it decides what the state holds and '
+            f"cannot be traced. With optax.inject_hyperparams, pass static_args=('{name}',)."
+        )
+    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_int or value not in allowed:
+        listed = ', '.join(map(str, allowed))
+        raise ValueError(f'{name} must be one of {listed}{why}, got {value!r}.')
+
+
+def float_dtype(name: str, value: Any) -> None:
+    """Raises ``ValueError`` unless ``value`` is None or a real floating dtype."""
+    if value is None:
+        return
+    try:
+        is_float = jax.numpy.issubdtype(jax.numpy.dtype(value), jax.numpy.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
+        raise ValueError(f'{name} must be None or a floating dtype, got {value!r}.')

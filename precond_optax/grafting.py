@@ -1,0 +1,128 @@
+r"""Grafting: a method's direction with the magnitude of a first-order rule, leaf by leaf.
+
+.. math::
+  u \leftarrow u \, \|w\| / \|u\|
+
+so that a learning rate found for the first-order rule carries over. The rules (methods share
+``b1``, ``b2`` and the moments ``mu_hat``, ``nu_hat`` with them where they have them):
+
+======================  ==================================================================
+None                    no grafting
+'adam'                  w = mu_hat / (sqrt(nu_hat) + 1e-8)
+'momentum'              w = mu_hat
+'sgd'                   w = g
+'rmsprop_normalized'    n = g / (|g| + 1e-25), s <- b2 s + (1-b2) n^2, w = n / (sqrt(s) + 1e-10)
+a transformation        w is its update (any ``optax.GradientTransformation``)
+======================  ==================================================================
+
+The norms are taken over a leaf, and over each of its layers where it has batch axes.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from precond_optax import layout as layout_lib
+from precond_optax import leafwise
+from precond_optax.layout import LeafLayout
+
+Graft = str | optax.GradientTransformation | None
+
+KINDS = (None, 'adam', 'momentum', 'sgd', 'rmsprop_normalized')
+ADAM_EPS = 1e-8
+
+
+def check(graft: Graft) -> None:
+    """Raises ``ValueError`` unless ``graft`` is one of the kinds or a transformation."""
+    if isinstance(graft, tuple) and hasattr(graft, 'init') and hasattr(graft, 'update'):
+        return
+    if not (graft is None or isinstance(graft, str)) or graft not in KINDS:
+        allowed = ', '.join(map(repr, KINDS))
+        raise ValueError(
+            f'graft must be one of {allowed} or an optax.GradientTransformation, got {graft!r}.'
+        )
+
+
+def transformation(
+    graft: Graft, b2: jax.typing.ArrayLike, layout: layout_lib.Layout
+) -> optax.GradientTransformation | None:
+    """The rule as a transformation of its own; None if it needs only what the method has."""
+    if graft == 'rmsprop_normalized':
+        return scale_by_normalized_rms(b2, layout=layout)
+    return None if graft is None or isinstance(graft, str) else graft
+
+
+def adam_direction(mu_hat: jax.Array, nu_hat: jax.Array) -> jax.Array:
+    """Adam's direction from the bias-corrected moments: ``mu_hat / (sqrt(nu_hat) + 1e-8)``."""
+    return mu_hat / (jnp.sqrt(nu_hat) + ADAM_EPS)
+
+
+def magnitude(
+    graft: Graft, mu_hat: jax.Array, nu_hat: jax.Array, own: jax.Array
+) -> jax.Array:
+    """w, from the method's moments or, for the other kinds, the rule's ``own`` update."""
+    if graft == 'adam':
+        return adam_direction(mu_hat, nu_hat)
+    return mu_hat if graft == 'momentum' else own
+
+
+def norm(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The Euclidean norm over ``axes``, which are kept with size 1."""
+    return jnp.sqrt(jnp.sum(x * x, axis=tuple(axes), keepdims=True))
+
+
+def rescale(direction: jax.Array, magnitude: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The direction with the magnitude's norm over ``axes``; zero where the direction is zero.
+
+    Args:
+      direction: u.
+      magnitude: w, of the same shape.
+      axes: the axes of one leaf; the others are batch axes.
+
+    Returns:
+      ``u ||w|| / ||u||``, of the same shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rescale(jnp.array([3.0, 4.0]), jnp.array([0.0, 10.0]), axes=(0,)).tolist()
+      [6.0, 8.0]
+    """
+    size = norm(direction, axes)
+    ratio = norm(magnitude, axes) / jnp.where(size > 0, size, 1)
+    return direction * jnp.where(size > 0, ratio, 0)
+
+
+class ScaleByNormalizedRmsState(NamedTuple):
+    """State of ``scale_by_normalized_rms``."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32
+    nu: optax.Updates  # like the parameters, float32 at least: mean of squared normalized grads
+
+
+def scale_by_normalized_rms(
+    b2: jax.typing.ArrayLike, *, layout: layout_lib.Layout = None
+) -> optax.GradientTransformationExtraArgs:
+    """RMSProp, without bias correction, on gradients normalized leaf by leaf.
+
+    Args:
+      b2: decay of the mean, in [0, 1); at 1 the squares are summed.
+      layout: batch axes.
+
+    Returns:
+      The transformation.
+    """
+
+    def init_leaf(leaf: Any, facts: LeafLayout) -> leafwise.Fields:
+        return {'nu': jnp.zeros_like(leaf, dtype=facts.compute_dtype)}
+
+    def update_leaf(
+        grad: jax.Array, state: ScaleByNormalizedRmsState, facts: LeafLayout
+    ) -> tuple[jax.Array, leafwise.Fields]:
+        unit = grad / (norm(grad, facts.axes) + 1e-25)
+        nu = b2 * state.nu + jnp.where(b2 < 1, 1 - b2, 1) * unit * unit  # type: ignore[operator]
+        return unit / (jnp.sqrt(nu) + 1e-10), {'nu': nu}
+
+    return leafwise.leafwise(ScaleByNormalizedRmsState, init_leaf, update_leaf, layout=layout)

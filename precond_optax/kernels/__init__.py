@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: the numerical pieces, free of pytrees, Optax and step counts."""

@@ -1,0 +1,104 @@
+r"""The chain: the entries of an array lined up one after another, without a reshape.
+
+``axes`` names the array's axes from the fastest running to the slowest. Axes that it leaves
+out are batch axes: each of their indices has a chain of its own. For ``x`` of shape (2, 3),
+
+    axes (0, 1), order 'F':  x00 x10 x01 x11 x02 x12
+    axes (1, 0), order 'C':  x00 x01 x02 x10 x11 x12
+
+and ``successor(x, (0, 1))`` is, in place of each entry, the next one along the first line:
+
+    x00 x01 x02       x10 x11 x12
+    x10 x11 x12   ->  x01 x02 0
+
+Flattening a sharded array makes XLA gather it. A shift by ``lax.pad`` with a negative edge on
+one side and a positive one on the other moves the border only, and is the one form of a shift
+that explicitly sharded axes take as well.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def _pad(x: jax.Array, axis: int, low: int, high: int, fill: float = 0) -> jax.Array:
+    """``lax.pad`` along one axis; a negative edge takes entries away."""
+    config = [(0, 0, 0)] * x.ndim
+    config[axis] = (low, high, 0)
+    return lax.pad(x, jnp.array(fill, x.dtype), config)
+
+
+def _at(x: jax.Array, axis: int, index: int) -> jax.Array:
+    """True where the index along ``axis`` is ``index``."""
+    return lax.broadcasted_iota(jnp.int32, x.shape, axis) == index
+
+
+def successor(x: jax.Array, axes: Sequence[int], fill: float = 0) -> jax.Array:
+    """The next entry along the chain in place of each entry, ``fill`` in place of the last.
+
+    Args:
+      x: array of any shape and dtype.
+      axes: the chain's axes, fastest first; the others are batch axes.
+      fill: what stands past the end of a chain.
+
+    Returns:
+      An array of the shape and dtype of ``x``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> successor(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
+      [[2, 4, 6], [3, 5, 0]]
+    """
+    if not axes:
+        return jnp.full_like(x, fill)
+    fastest, *slower = axes
+    size = x.shape[fastest]
+    shifted = _pad(x, fastest, -1, 1, fill)
+    if not slower:
+        return shifted
+    # The last row continues in the first row, one step on along the slower axes.
+    first_row = _pad(x, fastest, 0, -(size - 1))
+    return jnp.where(_at(x, fastest, size - 1), successor(first_row, slower, fill), shifted)
+
+
+def predecessor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The entry before along the chain in place of each entry, zero in place of the first.
+
+    Args:
+      x: array of any shape and dtype.
+      axes: the chain's axes, fastest first; the others are batch axes.
+
+    Returns:
+      An array of the shape and dtype of ``x``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> predecessor(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
+      [[0, 2, 4], [1, 3, 5]]
+    """
+    if not axes:
+        return jnp.zeros_like(x)
+    fastest, *slower = axes
+    size = x.shape[fastest]
+    shifted = _pad(x, fastest, 1, -1)
+    if not slower:
+        return shifted
+    last_row = _pad(x, fastest, -(size - 1), 0)
+    return jnp.where(_at(x, fastest, 0), predecessor(last_row, slower), shifted)
+
+
+def to_line(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The chains written out, of shape (batch axes..., n). For small arrays: it reshapes.
+
+    Worked shape: (5, 2, 3) with axes (1, 2) has batch axis 0 and gives (5, 6).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> to_line(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
+      [1, 2, 3, 4, 5, 6]
+    """
+    batch = [axis for axis in range(x.ndim) if axis not in axes]
+    x = jnp.transpose(x, (*batch, *reversed(axes)))
+    return x.reshape(*x.shape[: len(batch)], -1)

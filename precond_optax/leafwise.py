@@ -1,0 +1,200 @@
+"""The plumbing, once: a transformation of trees from what a method says about one leaf.
+
+``leafwise`` walks the tree, finds each leaf's layout, counts the steps, casts to the
+arithmetic's dtype and back to what is stored, runs the grafting rule, and puts the results
+together again. ``chain_learning_rate`` makes the alias. A method file holds its state, its rule
+for a leaf and its docstring, and nothing of this.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from precond_optax import checks
+from precond_optax import layout as layout_lib
+from precond_optax.layout import LeafLayout
+
+# A leaf's state: by field, an array, a tuple of arrays (a stacked field) or optax.MaskedNode().
+Fields = dict[str, Any]
+Path = tuple[Any, ...]
+
+
+class Record(NamedTuple):
+    """What `plan` is told about a leaf while a transformation's ``init`` is traced."""
+
+    layout: LeafLayout
+    treatment: str
+
+
+_records: contextvars.ContextVar[list[Record] | None] = contextvars.ContextVar(
+    'precond_optax_records', default=None
+)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Record]]:
+    """Collects a ``Record`` for each leaf that a leafwise ``init`` sees inside the block."""
+    records: list[Record] = []
+    token = _records.set(records)
+    try:
+        yield records
+    finally:
+        _records.reset(token)
+
+
+def path_string(path: Path) -> str:
+    """A leaf's path as rules and messages write it: 'encoder/0/kernel'; '(root)' if empty."""
+    return jax.tree_util.keystr(path, simple=True, separator='/') or '(root)'
+
+
+def _leaves(tree: Any, layout: layout_lib.Layout) -> tuple[list[Any], list[LeafLayout], Any]:
+    """The leaves, their layouts and the tree's structure."""
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = [leaf for _, leaf in with_paths]
+    layouts = [
+        layout_lib.leaf_layout(path_string(path), leaf, layout) for path, leaf in with_paths
+    ]
+    return leaves, layouts, treedef
+
+
+def leafwise(
+    state_type: type,
+    init_leaf: Callable[[Any, LeafLayout], Fields],
+    update_leaf: Callable[[jax.Array, Any, LeafLayout], tuple[jax.Array, Fields]],
+    *,
+    layout: layout_lib.Layout,
+    stacked: Mapping[str, int] | None = None,
+    graft: optax.GradientTransformation | None = None,
+    describe: Callable[[LeafLayout], str] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation of trees from an init and an update of one leaf.
+
+    The state is a ``state_type``: ``count`` first, then fields that mirror the parameters' tree,
+    and ``graft``, the grafting rule's own state, where the method grafts.
+
+    Args:
+      state_type: the method's NamedTuple.
+      init_leaf: from a leaf (array or ``ShapeDtypeStruct``) and its layout, its fields.
+      update_leaf: from a gradient, the leaf's state and its layout, the update and the fields that
+        change. The leaf's state is a ``state_type`` too: ``count`` is the number of this step,
+        from 1; a field is the leaf's array, in the arithmetic's dtype; ``graft`` is the grafting
+        rule's update for this leaf.
+      layout: the user's rules.
+      stacked: fields that are tuples of trees, each like the parameters', and how many.
+      graft: the grafting rule; its updates reach ``update_leaf``. None: the gradient does.
+      describe: what a leaf gets, for `plan`; None: not in the plan.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` that ignores unknown extra arguments.
+    """
+    layout_lib.check(layout)
+    has_graft = 'graft' in state_type._fields  # type: ignore[attr-defined]
+    names = [f for f in state_type._fields if f not in ('count', 'graft')]  # type: ignore[attr-defined]
+    depth = dict(stacked or {})
+    magnitude_rule = optax.with_extra_args_support(optax.identity() if graft is None else graft)
+
+    def to_trees(per_leaf: list[Fields], treedef: Any) -> Fields:
+        trees: Fields = {}
+        for name in names:
+            values = [fields[name] for fields in per_leaf]
+            if name in depth:
+                trees[name] = tuple(
+                    treedef.unflatten([v[k] for v in values]) for k in range(depth[name])
+                )
+            else:
+                trees[name] = treedef.unflatten(values)
+        return trees
+
+    def to_leaves(state: Any, treedef: Any) -> list[Fields]:
+        columns = {}
+        for name in names:
+            value = getattr(state, name)
+            if name in depth:
+                parts = [treedef.flatten_up_to(tree) for tree in value]
+                columns[name] = [
+                    tuple(p[i] for p in parts) for i in range(treedef.num_leaves)
+                ]
+            else:
+                columns[name] = treedef.flatten_up_to(value)
+        return [{n: columns[n][i] for n in names} for i in range(treedef.num_leaves)]
+
+    def init(params: optax.Params) -> Any:
+        leaves, layouts, treedef = _leaves(params, layout)
+        records = _records.get()
+        if records is not None and describe is not None:
+            records.extend(Record(facts, describe(facts)) for facts in layouts)
+        per_leaf = [init_leaf(leaf, facts) for leaf, facts in zip(leaves, layouts, strict=True)]
+        trees = to_trees(per_leaf, treedef)
+        if has_graft:
+            trees['graft'] = magnitude_rule.init(params)
+        return state_type(count=jnp.zeros([], jnp.int32), **trees)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        leaves, layouts, treedef = _leaves(updates, layout)
+        count = optax.safe_increment(state.count)
+        others: Fields = {'count': count}
+        if has_graft:
+            tree, others['graft'] = magnitude_rule.update(
+                updates, state.graft, params, **extra_args
+            )
+            magnitudes = treedef.flatten_up_to(tree)
+        else:
+            magnitudes = [None] * len(leaves)
+        directions, per_leaf = [], []
+        for grad, fields, facts, magnitude in zip(
+            leaves, to_leaves(state, treedef), layouts, magnitudes, strict=True
+        ):
+            wide = _cast(fields, facts.compute_dtype)
+            if has_graft:
+                wide['graft'] = _cast(magnitude, facts.compute_dtype)
+            leaf_state = state_type(count=count, **wide)
+            direction, changed = update_leaf(
+                grad.astype(facts.compute_dtype), leaf_state, facts
+            )
+            directions.append(direction.astype(grad.dtype))
+            per_leaf.append({**fields, **_cast_like(changed, fields)})
+        trees = to_trees(per_leaf, treedef)
+        return treedef.unflatten(directions), state_type(**others, **trees)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _cast(tree: Any, dtype: jnp.dtype) -> Any:
+    """All arrays of a small tree in ``dtype``."""
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def _cast_like(changed: Fields, fields: Fields) -> Fields:
+    """The changed fields in the dtypes in which they are stored."""
+    return {
+        name: jax.tree.map(lambda new, old: new.astype(old.dtype), value, fields[name])
+        for name, value in changed.items()
+    }
+
+
+def chain_learning_rate(
+    direction: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: jax.typing.ArrayLike,
+    mask: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """An alias: the direction, decoupled weight decay, the learning rate and the sign.
+
+    A weight decay that is the number 0 needs no parameters in ``update``, as ``optax.adam``
+    needs none; the state is the same with and without.
+    """
+    checks.in_range('weight_decay', weight_decay, 0)
+    if checks.is_static_zero(weight_decay):
+        decay: optax.GradientTransformation = optax.identity()
+    else:
+        decay = optax.add_decayed_weights(weight_decay)
+    if mask is not None:
+        decay = optax.masked(decay, mask)
+    return optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))

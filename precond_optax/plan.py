@@ -1,0 +1,151 @@
+"""What each leaf gets, why, and what it costs, before anything is allocated."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from precond_optax import leafwise
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """One leaf of a `Plan`.
+
+    Attributes:
+      path: the leaf's place in the tree.
+      shape: its shape.
+      dtype: its dtype's name.
+      treatment: what is done with it; 'not ours' if no transformation of this package sees it.
+      reason: why.
+      state_bytes: bytes of optimizer state shaped after this leaf.
+      adam_bytes: bytes of state that ``optax.adam`` holds for it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    treatment: str
+    reason: str
+    state_bytes: int
+    adam_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a transformation does with each leaf; ``print`` it for a table.
+
+    Attributes:
+      leaves: one `LeafPlan` for each leaf of the parameters.
+      shared_bytes: bytes of state that belong to no leaf, such as step counts.
+    """
+
+    leaves: tuple[LeafPlan, ...]
+    shared_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the whole optimizer state."""
+        return self.shared_bytes + sum(leaf.state_bytes for leaf in self.leaves)
+
+    @property
+    def adam_bytes(self) -> int:
+        """Bytes of the moments of ``optax.adam`` for the same parameters."""
+        return sum(leaf.adam_bytes for leaf in self.leaves)
+
+    def __str__(self) -> str:
+        header = ('leaf', 'shape', 'dtype', 'treatment', 'why', 'state bytes', "Adam's")
+        rows = [
+            (
+                leaf.path,
+                'x'.join(map(str, leaf.shape)) or 'scalar',
+                leaf.dtype,
+                leaf.treatment,
+                leaf.reason,
+                f'{leaf.state_bytes:,}',
+                f'{leaf.adam_bytes:,}',
+            )
+            for leaf in self.leaves
+        ]
+        total = ('total', '', '', '', '', f'{self.state_bytes:,}', f'{self.adam_bytes:,}')
+        table = [header, *rows, total]
+        widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+        lines = [
+            '  '.join(
+                cell.rjust(width) if i >= 5 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        rule = '-' * max(map(len, lines))
+        lines[1:1] = [rule]
+        lines[-1:-1] = [rule]
+        return '\n'.join(lines)
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+
+
+def plan(tx: optax.GradientTransformation, params: optax.Params) -> Plan:
+    """What ``tx`` does with each leaf of ``params``, why, and how many bytes of state it costs.
+
+    Nothing is computed and nothing allocated: ``tx.init`` is only traced, so the plan is that of
+    the very transformation you train with, chained, masked or partitioned as it is.
+
+    Args:
+      tx: any Optax transformation; those of this package say what they do with a leaf.
+      params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
+
+    Returns:
+      A `Plan`. Its ``state_bytes`` are those of ``tx.init(params)``.
+
+    Raises:
+      ValueError: if ``tx`` does not take a leaf, with its path.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, precond_optax
+      >>> params = {'kernel': jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}
+      >>> table = precond_optax.plan(precond_optax.sonew(1e-3), params)
+      >>> table.leaves[0].treatment, table.state_bytes, table.adam_bytes
+      ('tridiagonal, 1 x 16777216, order F', 201326596, 134217728)
+    """
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = [leafwise.path_string(path) for path, _ in with_paths]
+    with leafwise.recording() as records:
+        # A function made here: a cached trace of `tx.init` would record nothing.
+        state = jax.eval_shape(lambda tree: tx.init(tree), params)
+    said = {record.layout.path: record for record in records}
+    cost = dict.fromkeys(paths, 0)
+
+    def add(leaf: Any, path: str) -> Any:
+        if not isinstance(leaf, optax.MaskedNode):
+            cost[path] += _bytes(leaf)
+        return leaf
+
+    optax.tree.map_params(
+        tx,
+        add,
+        state,
+        treedef.unflatten(paths),
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+    total = sum(_bytes(leaf) for leaf in jax.tree.leaves(state))
+    leaves = []
+    for path, (_, leaf) in zip(paths, with_paths, strict=True):
+        record = said.get(path)
+        leaves.append(
+            LeafPlan(
+                path=path,
+                shape=tuple(leaf.shape),
+                dtype=jnp.dtype(leaf.dtype).name,
+                treatment=record.treatment if record else 'not ours',
+                reason=record.layout.reason if record else '',
+                state_bytes=cost[path],
+                adam_bytes=2 * _bytes(leaf),
+            )
+        )
+    return Plan(tuple(leaves), total - sum(cost.values()))

@@ -1,0 +1,254 @@
+r"""SONew, the sparsified online Newton method: state, transformation, alias."""
+
+import math
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from precond_optax import checks, grafting, leafwise
+from precond_optax import layout as layout_lib
+from precond_optax.kernels import diagonal, tridiagonal
+from precond_optax.layout import LeafLayout
+
+# A new sparsity pattern is one more file of kernels and one entry here.
+_KERNELS: dict[int, types.ModuleType] = {0: diagonal, 1: tridiagonal}
+_PATTERNS = {0: 'diagonal', 1: 'tridiagonal'}
+
+
+class ScaleBySonewState(NamedTuple):
+    """State of ``scale_by_sonew``."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps taken
+    mu: optax.Updates  # like the parameters, of mu_dtype: mean of the gradients
+    nu: optax.Updates  # like the parameters, of stats_dtype: mean of their squares
+    # `band` trees like the parameters, of stats_dtype: tree k holds the mean of g_j g_{j+k+1};
+    # optax.MaskedNode() where a leaf is no chain.
+    offdiag: tuple[optax.Updates, ...]
+    graft: optax.OptState  # the grafting rule's own state, if it has any
+
+
+def _edge_tolerance(stats_dtype: jnp.dtype) -> float:
+    """The least share of a_j that a Schur complement keeps: about the statistics' rounding."""
+    decided = {'float32': 1e-7, 'bfloat16': 0.0078}
+    return decided.get(stats_dtype.name, float(jnp.finfo(stats_dtype).eps))
+
+
+def scale_by_sonew(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.95,
+    eps: jax.typing.ArrayLike = 1e-6,
+    *,
+    band: int = 1,
+    order: str = 'F',
+    edge_tolerance: jax.typing.ArrayLike | None = None,
+    relative_eps: jax.typing.ArrayLike = 0.0,
+    graft: grafting.Graft = 'adam',
+    mu_dtype: Any | None = None,
+    stats_dtype: Any | None = None,
+    layout: layout_lib.Layout = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of SONew, without sign and learning rate; see `sonew`.
+
+    Args:
+      b1: as in `sonew`, like all that follow.
+      b2: see `sonew`.
+      eps: see `sonew`.
+      band: see `sonew`.
+      order: see `sonew`.
+      edge_tolerance: see `sonew`.
+      relative_eps: see `sonew`.
+      graft: see `sonew`.
+      mu_dtype: see `sonew`.
+      stats_dtype: see `sonew`.
+      layout: see `sonew`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with state `ScaleBySonewState`.
+
+    Raises:
+      ValueError: if an argument is out of its range; at ``init``, if a leaf cannot be taken.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, precond_optax
+      >>> tx = optax.chain(precond_optax.scale_by_sonew(), optax.scale(-1e-3))
+      >>> state = tx.init({'kernel': jnp.ones((3, 2))})
+    """
+    checks.in_range('b1', b1, 0, 1)
+    checks.in_range('b2', b2, 0, 1)
+    checks.in_range('eps', eps, 0)
+    checks.in_range('relative_eps', relative_eps, 0)
+    if edge_tolerance is not None:
+        checks.in_range('edge_tolerance', edge_tolerance, 0, 1)
+    checks.static_int('band', band, tuple(_KERNELS), ' (diagonal, tridiagonal)')
+    checks.one_of('order', order, ('F', 'C'))
+    checks.float_dtype('mu_dtype', mu_dtype)
+    checks.float_dtype('stats_dtype', stats_dtype)
+    grafting.check(graft)
+    kernel = _KERNELS[band]
+
+    def init_leaf(leaf: Any, facts: LeafLayout) -> leafwise.Fields:
+        stored = stats_dtype or facts.compute_dtype
+        offdiag: Any = (optax.MaskedNode(),) * band
+        if facts.precondition:
+            offdiag = tuple(jnp.zeros_like(leaf, dtype=stored) for _ in range(band))
+        return {
+            'mu': jnp.zeros_like(leaf, dtype=mu_dtype or facts.dtype),
+            'nu': jnp.zeros_like(leaf, dtype=stored),
+            'offdiag': offdiag,
+        }
+
+    def update_leaf(
+        grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
+    ) -> tuple[jax.Array, leafwise.Fields]:
+        axes = facts.chain_axes(order)
+        mu = b1 * state.mu + (1 - b1) * grad
+        mu_hat = mu / (1 - b1**state.count)
+        correction = 1 / (1 - b2**state.count)
+        if not facts.precondition:
+            nu, _ = diagonal.accumulate(grad, state.nu, (), b2=b2, axes=axes)
+            return grafting.adam_direction(mu_hat, nu * correction), {'mu': mu, 'nu': nu}
+        nu, offdiag = kernel.accumulate(grad, state.nu, state.offdiag, b2=b2, axes=axes)
+        nu_hat = nu * correction
+        psi, schur = kernel.factor(
+            nu_hat,
+            tuple(edge * correction for edge in offdiag),
+            eps=eps,
+            relative_eps=relative_eps,
+            edge_tolerance=(
+                _edge_tolerance(jnp.dtype(stats_dtype or facts.compute_dtype))
+                if edge_tolerance is None
+                else edge_tolerance
+            ),
+            axes=axes,
+        )
+        direction = kernel.apply(psi, schur, mu_hat, axes=axes)
+        if graft is not None:
+            magnitude = grafting.magnitude(graft, mu_hat, nu_hat, state.graft)
+            direction = grafting.rescale(direction, magnitude, facts.axes)
+        return direction, {'mu': mu, 'nu': nu, 'offdiag': offdiag}
+
+    def describe(facts: LeafLayout) -> str:
+        if not facts.precondition:
+            return 'Adam direction'
+        length = math.prod(facts.shape[facts.batch_axes :])
+        chains = math.prod(facts.shape[: facts.batch_axes])
+        return f'{_PATTERNS[band]}, {chains} x {length}, order {order}'
+
+    return leafwise.leafwise(
+        ScaleBySonewState,
+        init_leaf,
+        update_leaf,
+        layout=layout,
+        stacked={'offdiag': band},
+        graft=grafting.transformation(graft, b2, layout),
+        describe=describe,
+    )
+
+
+def sonew(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.95,
+    eps: jax.typing.ArrayLike = 1e-6,
+    *,
+    band: int = 1,
+    order: str = 'F',
+    edge_tolerance: jax.typing.ArrayLike | None = None,
+    relative_eps: jax.typing.ArrayLike = 0.0,
+    graft: grafting.Graft = 'adam',
+    mu_dtype: Any | None = None,
+    stats_dtype: Any | None = None,
+    layout: layout_lib.Layout = None,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SONew: a sparse inverse of the gradients' second moment, at nearly Adam's cost.
+
+    The entries of a leaf are lined up in a chain. Of the second moment :math:`H` of the chain
+    only the diagonal and ``band`` off-diagonals are kept; the preconditioner :math:`X` is the
+    positive definite matrix, zero outside that band, of least LogDet divergence to
+    :math:`H^{-1}`. It is the one whose inverse has the same band as :math:`H`.
+
+    .. math::
+      m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+      H_t &= \beta_2 H_{t-1} + (1 - \beta_2)\, \mathrm{band}(g_t g_t^T) \\
+      X_t &= L D L^T \quad \text{with } \mathrm{band}(X_t^{-1}) = \mathrm{band}(\hat H_t)
+             + \epsilon I \\
+      u_t &= X_t \hat m_t \\
+      \theta_{t+1} &= \theta_t - \alpha_t \left( u_t \|w_t\| / \|u_t\|
+             + \lambda \theta_t \right)
+
+    with bias-corrected :math:`\hat m, \hat H`; :math:`w` is the update of the grafting rule,
+    by default Adam's, leaf by leaf. A learning rate found for Adam carries over. Leaves with
+    one axis or none (biases, norms) get Adam's direction.
+
+    State beside the parameters: ``2 + band`` arrays of each preconditioned leaf's shape; Adam
+    has 2. ``precond_optax.plan`` lists it before anything is allocated.
+
+    Args:
+      learning_rate: the step size, a number or a schedule.
+      b1: decay of the mean of the gradients, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the diagonal, in units of squared gradients, >= 0.
+      band: off-diagonals kept: 0 (diagonal) or 1 (tridiagonal). Not traceable: with
+        ``optax.inject_hyperparams`` pass ``static_args=('band',)``.
+      order: along which axis the chain runs first. 'F': the first, so along the inputs of one
+        output neuron of a Flax kernel, and on to the next neuron. 'C': the last.
+      edge_tolerance: an edge of the chain whose Schur complement is not above this share of the
+        diagonal is dropped, in [0, 1). None: 1e-7 for float32 statistics, 0.0078 for bfloat16,
+        the rounding unit for others.
+      relative_eps: added to the diagonal, in units of the largest absolute row sum of the second
+        moment of the chain, >= 0.
+      graft: where the size of the update comes from: 'adam', 'momentum', 'sgd',
+        'rmsprop_normalized', any ``optax.GradientTransformation``, or None for SONew's own.
+      mu_dtype: dtype in which the mean of the gradients is stored; None: the parameter's.
+      stats_dtype: dtype in which the second moment is stored; None: the parameter's, but float32
+        at least.
+      layout: what the shapes do not tell. A mapping from regular expressions, searched for in
+        a leaf's path ('encoder/0/kernel'), to `LeafRule`, first match wins; or a function
+        ``(path, leaf) -> LeafRule | None``.
+      weight_decay: decoupled, as in ``optax.adamw``, >= 0.
+      mask: which leaves decay, as in ``optax.adamw``.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. Update dtypes follow the gradients'.
+
+    Raises:
+      ValueError: if an argument is out of its range; at ``init``, if a leaf is not of a floating
+        dtype or does not fit its rule, with its path.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, precond_optax
+      >>> def f(x): return jnp.sum((x - 1.0) ** 2)
+      >>> tx = precond_optax.sonew(learning_rate=0.1)
+      >>> params = jnp.zeros((3, 2))
+      >>> state = tx.init(params)
+      >>> for _ in range(100):
+      ...   updates, state = tx.update(jax.grad(f)(params), state)
+      ...   params = optax.apply_updates(params, updates)
+      >>> print(f'{f(params):.1f}')
+      0.0
+
+    References:
+      Devvrit et al., `A Computationally Efficient Sparsified Online Newton Method
+      <https://arxiv.org/abs/2311.10085>`_, NeurIPS 2023: equation (5) and Algorithm 1 (the
+      subproblem and the step), Theorem 3.1 (tridiagonal), Algorithm 3 (dropped edges).
+      ``X`` here is their :math:`X_t`, the diagonal of ``D`` their :math:`D_{jj}`.
+    """
+    direction = scale_by_sonew(
+        b1,
+        b2,
+        eps,
+        band=band,
+        order=order,
+        edge_tolerance=edge_tolerance,
+        relative_eps=relative_eps,
+        graft=graft,
+        mu_dtype=mu_dtype,
+        stats_dtype=stats_dtype,
+        layout=layout,
+    )
+    return leafwise.chain_learning_rate(direction, learning_rate, weight_decay, mask)
