@@ -1,39 +1,52 @@
 """Trains a task with an optimizer.
 
 python -m experiments.main --task=configs/tasks/autoencoder.py \\
-    --optimizer=configs/optimizers/sonew.py --workdir=/tmp/run --data_dir=DATA \\
+    --optimizer=configs/optimizers/sonew.py --workdir=DIR --data_dir=DATA \\
     --task.epochs=10 --optimizer.learning_rate=3e-3
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import train
 
-_TASK = config_flags.DEFINE_config_file('task', None, 'Config file of the task.')
-_OPTIMIZER = config_flags.DEFINE_config_file('optimizer', None, 'Config file of the optimizer.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; resumed if it holds one.')
-_DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of the data set, if it needs one.')
+config_flags.DEFINE_config_file('task', None, 'Config file of the task.')
+config_flags.DEFINE_config_file('optimizer', None, 'Config file of the optimizer.')
+flags.DEFINE_string('workdir', None, 'Folder of the run; resumed if it holds one.')
+flags.DEFINE_string('data_dir', None, 'Folder of the data set, if it needs one.')
+
+
+def refuse_arguments(argv: list[str]) -> None:
+    """Raises ``app.UsageError`` if there are arguments that are no flags."""
+    if len(argv) > 1:
+        raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Wrong input ends the program with its message, without a traceback."""
+    logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of every save
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f'error: {error}') from error
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f'unknown arguments: {argv[1:]}')
-    try:
+    """Runs the experiment of the flags and prints its summary."""
+    refuse_arguments(argv)
+    flag = flags.FLAGS
+    with clear_errors():
         summary = train.train_and_evaluate(
-            _TASK.value, _OPTIMIZER.value, _WORKDIR.value, _DATA_DIR.value
+            flag.task, flag.optimizer, flag.workdir, flag.data_dir
         )
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f'error: {error}') from error
     print(json.dumps(summary))
 
 
-def run() -> None:
+if __name__ == '__main__':
     flags.mark_flags_as_required(['task', 'optimizer', 'workdir'])
     app.run(main)
-
-
-if __name__ == '__main__':
-    run()

@@ -9,15 +9,17 @@ started again by the same command, and its finished trials are not repeated.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from experiments import main as main_lib
 from experiments import train
+from experiments import workdir as workdir_lib
 
 _SEARCH = config_flags.DEFINE_config_file('search', None, 'Config file of the search.')
 
@@ -39,15 +41,83 @@ def suggest(trial: Any, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     return values
 
 
-def sampler(search: Mapping[str, Any]) -> tuple[Any, int]:
-    """Optuna's sampler for a search config and the number of its trials."""
+def make_sampler(search: Mapping[str, Any]) -> tuple[Any, int]:
+    """Optuna's sampler for a search config, and the number of trials."""
     import optuna
 
     space = search['space']
     if search['sampler'] == 'grid':
         grid = {name: list(axis['grid']) for name, axis in space.items()}
-        made = optuna.samplers.GridSampler(grid, seed=search['seed'])
-        return made, len(made._all_grids) if False else _grid_size(grid)
+        size = math.prod(len(values) for values in grid.values())
+        return optuna.samplers.GridSampler(grid, seed=search['seed']), size
     if search['sampler'] == 'random':
         return optuna.samplers.RandomSampler(seed=search['seed']), search['trials']
     raise ValueError(f"search.sampler must be 'grid' or 'random', got {search['sampler']!r}.")
+
+
+def sweep(
+    task_config: config_dict.ConfigDict,
+    optimizer_config: config_dict.ConfigDict,
+    search: Mapping[str, Any],
+    workdir: str | pathlib.Path,
+    data_dir: str | None = None,
+) -> list[dict[str, Any]]:
+    """Runs the trials of a search.
+
+    Args:
+      task_config: see ``configs/tasks``.
+      optimizer_config: see ``configs/optimizers``; its values are those that are not searched.
+      search: see ``configs/searches``.
+      workdir: where the trials' workdirs and ``sweep.json`` go.
+      data_dir: where the data set lies.
+
+    Returns:
+      The trials, best first: ``{'trial', 'hyperparameters', 'metric'}``.
+
+    Raises:
+      ValueError: for a hyperparameter that the optimizer's config does not have.
+    """
+    import optuna
+
+    if unknown := sorted(set(search['space']) - set(optimizer_config)):
+        raise ValueError(
+            f'search.space has {unknown}, which the optimizer config has not; it has '
+            f'{sorted(optimizer_config)}.'
+        )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    root, trials = pathlib.Path(workdir), []
+    root.mkdir(parents=True, exist_ok=True)
+
+    def objective(trial: Any) -> float:
+        values = suggest(trial, search['space'])
+        config = optimizer_config.copy_and_resolve_references()
+        config.update(values)
+        folder = f'{trial.number:03d}'
+        summary = train.train_and_evaluate(task_config, config, root / folder, data_dir)
+        # A run that left the numbers behind is the worst, and no error.
+        metric = summary[search['metric']]
+        metric = metric if math.isfinite(metric) else math.inf
+        trials.append({'trial': folder, 'hyperparameters': values, 'metric': metric})
+        return metric
+
+    sampler, count = make_sampler(search)
+    optuna.create_study(sampler=sampler).optimize(objective, n_trials=count)
+    trials.sort(key=lambda trial: trial['metric'])
+    content = {'search': dict(workdir_lib.plain(search)), 'trials': trials}
+    (root / 'sweep.json').write_text(json.dumps(content, indent=2) + '\n')
+    return trials
+
+
+def main(argv: list[str]) -> None:
+    """Runs the search of the flags and prints its trials, best first."""
+    main_lib.refuse_arguments(argv)
+    flag = flags.FLAGS
+    with main_lib.clear_errors():
+        trials = sweep(flag.task, flag.optimizer, _SEARCH.value, flag.workdir, flag.data_dir)
+    for trial in trials:
+        print(f'{trial["metric"]:10.4f}  {trial["trial"]}  {trial["hyperparameters"]}')
+
+
+if __name__ == '__main__':
+    flags.mark_flags_as_required(['task', 'optimizer', 'search', 'workdir'])
+    app.run(main)

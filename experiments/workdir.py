@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy', 'orbax-checkpoint', 'precond_optax')
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config as JSON gives it back: tuples become lists."""
     to_dict = getattr(config, 'to_dict', None)
     return json.loads(json.dumps(to_dict() if to_dict else dict(config)))
@@ -73,7 +73,7 @@ class Workdir:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f'--workdir={str(path)!r} is a file, a folder is needed.')
         self.path.mkdir(parents=True, exist_ok=True)
-        self._claim({'task': _plain(task_config), 'optimizer': _plain(optimizer_config)})
+        self._claim({'task': plain(task_config), 'optimizer': plain(optimizer_config)})
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.path / 'checkpoints', options=options)
 

@@ -1,5 +1,6 @@
 """Images as rows of pixels: MNIST, scikit-learn's embedded digits, or synthetic ones."""
 
+import functools
 import gzip
 import importlib.util
 import pathlib
@@ -11,6 +12,7 @@ MAX_PIXEL = {'mnist': 255, 'digits': 16, 'synthetic': 255}
 _IDX_FILES = ('train-images-idx3-ubyte.gz', 't10k-images-idx3-ubyte.gz')
 
 
+@functools.cache  # a sweep reads its data once
 def load(source: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
     """The images of a source.
 
