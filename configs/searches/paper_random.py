@@ -11,7 +11,7 @@ def get_config() -> config_dict.ConfigDict:
     return config_dict.ConfigDict(
         dict(
             sampler='random',
-            trials=16,
+            trials=10,
             seed=0,
             metric='train_loss',
             space=dict(

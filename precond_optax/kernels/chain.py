@@ -23,25 +23,35 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def _pad(x: jax.Array, axis: int, low: int, high: int, fill: float = 0) -> jax.Array:
-    """``lax.pad`` along one axis; a negative edge takes entries away."""
+def _shift(x: jax.Array, axis: int, by: int) -> jax.Array:
+    """``x`` moved along an axis, zeros behind it."""
     config = [(0, 0, 0)] * x.ndim
-    config[axis] = (low, high, 0)
-    return lax.pad(x, jnp.array(fill, x.dtype), config)
+    config[axis] = (by, -by, 0)
+    return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
-def _at(x: jax.Array, axis: int, index: int) -> jax.Array:
-    """True where the index along ``axis`` is ``index``."""
-    return lax.broadcasted_iota(jnp.int32, x.shape, axis) == index
+def _neighbour(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
+    """What stands ``step`` (1 or -1) entries on along the chain; zero past its ends."""
+    if not axes:
+        return jnp.zeros_like(x)
+    fastest, *slower = axes
+    shifted = _shift(x, fastest, -step)
+    if not slower:
+        return shifted
+    # Past the border the chain goes on at the other border, one step on along the slower axes:
+    # that row alone is moved over here, the rest is zero, as `shifted` is in its place. The sum
+    # puts them together where a select would need a mask sharded like x, and the array keeps its
+    # full shape where one row could not be sharded.
+    wrapped = _shift(x, fastest, step * (x.shape[fastest] - 1))
+    return shifted + _neighbour(wrapped, slower, step)
 
 
-def successor(x: jax.Array, axes: Sequence[int], fill: float = 0) -> jax.Array:
-    """The next entry along the chain in place of each entry, ``fill`` in place of the last.
+def successor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The next entry along the chain in place of each entry, zero in place of the last.
 
     Args:
-      x: array of any shape and dtype.
+      x: array of any shape and numeric dtype.
       axes: the chain's axes, fastest first; the others are batch axes.
-      fill: what stands past the end of a chain.
 
     Returns:
       An array of the shape and dtype of ``x``.
@@ -51,23 +61,14 @@ def successor(x: jax.Array, axes: Sequence[int], fill: float = 0) -> jax.Array:
       >>> successor(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
       [[2, 4, 6], [3, 5, 0]]
     """
-    if not axes:
-        return jnp.full_like(x, fill)
-    fastest, *slower = axes
-    size = x.shape[fastest]
-    shifted = _pad(x, fastest, -1, 1, fill)
-    if not slower:
-        return shifted
-    # The last row continues in the first row, one step on along the slower axes.
-    first_row = _pad(x, fastest, 0, -(size - 1))
-    return jnp.where(_at(x, fastest, size - 1), successor(first_row, slower, fill), shifted)
+    return _neighbour(x, axes, 1)
 
 
 def predecessor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     """The entry before along the chain in place of each entry, zero in place of the first.
 
     Args:
-      x: array of any shape and dtype.
+      x: array of any shape and numeric dtype.
       axes: the chain's axes, fastest first; the others are batch axes.
 
     Returns:
@@ -78,15 +79,7 @@ def predecessor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
       >>> predecessor(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
       [[0, 2, 4], [1, 3, 5]]
     """
-    if not axes:
-        return jnp.zeros_like(x)
-    fastest, *slower = axes
-    size = x.shape[fastest]
-    shifted = _pad(x, fastest, 1, -1)
-    if not slower:
-        return shifted
-    last_row = _pad(x, fastest, -(size - 1), 0)
-    return jnp.where(_at(x, fastest, 0), predecessor(last_row, slower), shifted)
+    return _neighbour(x, axes, -1)
 
 
 def to_line(x: jax.Array, axes: Sequence[int]) -> jax.Array:

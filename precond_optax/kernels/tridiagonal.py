@@ -81,7 +81,8 @@ def factor(
     """
     (edge,) = offdiag
     damped = diagonal.damp(diag, offdiag, eps=eps, relative_eps=relative_eps, axes=axes)
-    psi = edge / chain.successor(damped, axes, fill=1)
+    following = chain.successor(damped, axes)
+    psi = edge / jnp.where(following > 0, following, 1)  # zero past the end of the chain
     schur = damped - edge * psi
     # Written so that a NaN (inf/inf, after an overflow) drops the edge as well.
     keep = schur > edge_tolerance * damped

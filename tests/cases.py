@@ -1,0 +1,86 @@
+"""One row for each public factory: every generic check runs on every row."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+import precond_optax
+from precond_optax import LeafRule
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A factory and what the checks need to know of it.
+
+    Attributes:
+      name: of the test.
+      factory: from a learning rate and keywords, the transformation.
+      learning_rate: at which the checks train.
+      keywords: further arguments.
+      static_args: arguments that cannot be injected.
+      real_only: whether complex leaves are refused.
+      state_arrays: arrays of state of a 2-D leaf's shape.
+      layout: whether the factory has a ``layout`` with batch axes.
+      scale_free: whether updates do not change with the scale of the gradients.
+    """
+
+    name: str
+    factory: Callable[..., optax.GradientTransformation]
+    learning_rate: float = 1e-2
+    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    static_args: tuple[str, ...] = ()
+    real_only: bool = True
+    state_arrays: int = 2
+    layout: bool = True
+    scale_free: bool = True
+
+    def make(self, learning_rate: Any = None, **keywords: Any) -> optax.GradientTransformation:
+        """The transformation, with other keywords where given."""
+        rate = self.learning_rate if learning_rate is None else learning_rate
+        return self.factory(learning_rate=rate, **{**self.keywords, **keywords})
+
+
+# In the first steps H has rank one up to eps, so S is a difference of nearly equal numbers and the
+# direction carries their rounding. Checks that compare two ways of computing the same want an eps
+# well above it; the kernels' own tests take small ones.
+_EPS = {'eps': 1e-2}
+
+# The control: what Optax's own Adam does not pass is no fair check.
+ADAM = Case('adam', optax.adam, real_only=False, layout=False)
+
+CASES = (
+    ADAM,
+    Case('sonew', precond_optax.sonew, keywords=_EPS, static_args=('band',), state_arrays=3),
+    Case(
+        'sonew_diagonal',
+        precond_optax.sonew,
+        keywords={'band': 0, **_EPS},
+        static_args=('band',),
+    ),
+    Case(
+        'sonew_order_c',
+        precond_optax.sonew,
+        keywords={**_EPS, 'order': 'C', 'weight_decay': 1e-4, 'relative_eps': 1e-6},
+        static_args=('band',),
+        state_arrays=3,
+        scale_free=False,  # the decay is not
+    ),
+    Case(
+        'sonew_graft_rmsprop',
+        precond_optax.sonew,
+        keywords={**_EPS, 'graft': 'rmsprop_normalized'},
+        static_args=('band',),
+        state_arrays=4,
+    ),
+    Case(
+        'sonew_routed',
+        precond_optax.sonew,
+        keywords={'layout': {'': LeafRule(precondition=False)}},
+        static_args=('band',),
+        layout=False,
+    ),
+)
+
+BY_NAME = {case.name: case for case in CASES}

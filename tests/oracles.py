@@ -1,0 +1,112 @@
+"""Dense float64 NumPy forms of everything that the package computes.
+
+Nothing of the package is imported here, and the forms are other ones than the kernels': the
+inverse with a banded pattern is put together from inverses of dense blocks, not from factors.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def line(x: np.ndarray, order: str) -> np.ndarray:
+    """The entries of one leaf along its chain."""
+    return np.asarray(x, np.float64).ravel(order=order)
+
+
+def band_of(matrix: np.ndarray, band: int) -> np.ndarray:
+    """The matrix with zeros outside ``band`` diagonals on either side."""
+    i, j = np.indices(matrix.shape)
+    return np.where(abs(i - j) <= band, matrix, 0)
+
+
+def banded_inverse(h: np.ndarray, band: int) -> np.ndarray:
+    """The positive definite X, zero outside the band, with band(inv(X)) = band(h).
+
+    By the clique formula of decomposable models: the inverses of h on the cliques
+    {j..j+band}, less those on what neighbouring cliques share.
+    """
+    n = len(h)
+    x = np.zeros((n, n))
+    last = max(n - band, 1)
+    for j in range(last):
+        clique = slice(j, min(j + band + 1, n))
+        x[clique, clique] += np.linalg.inv(h[clique, clique])
+        if j + 1 < last and band:
+            shared = slice(j + 1, j + band + 1)
+            x[shared, shared] -= np.linalg.inv(h[shared, shared])
+    return x
+
+
+def damped(h: np.ndarray, eps: float, relative_eps: float = 0.0) -> np.ndarray:
+    """h plus eps and a share of its largest absolute row sum on the diagonal."""
+    return h + np.eye(len(h)) * (eps + relative_eps * np.abs(h).sum(axis=1).max(initial=0))
+
+
+def drop_edges(h: np.ndarray, tolerance: float) -> np.ndarray:
+    """A tridiagonal h without the edges whose Schur complement is at most tolerance * a_j."""
+    h = h.copy()
+    kept = h.copy()
+    for j in range(len(h) - 1):
+        if h[j, j] - h[j, j + 1] ** 2 / h[j + 1, j + 1] <= tolerance * h[j, j]:
+            kept[j, j + 1] = kept[j + 1, j] = 0
+    return kept
+
+
+def moments(
+    grads: Sequence[np.ndarray], b1: float, b2: float, order: str = 'F'
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bias-corrected means of g and of g g^T along the chain."""
+    n = np.asarray(grads[0]).size
+    mean, second = np.zeros(n), np.zeros((n, n))
+    for grad in grads:
+        g = line(grad, order)
+        mean = b1 * mean + (1 - b1) * g
+        second = b2 * second + (1 - b2) * np.outer(g, g)
+    t = len(grads)
+    return mean / (1 - b1**t), second / (1 - b2**t)
+
+
+def adam_direction(grads: Sequence[np.ndarray], b1: float, b2: float) -> np.ndarray:
+    """Adam's direction after the gradients."""
+    mean, second = moments(grads, b1, b2)
+    direction = mean / (np.sqrt(np.diag(second)) + 1e-8)
+    return direction.reshape(np.shape(grads[0]), order='F')
+
+
+def normalized_rms_direction(grads: Sequence[np.ndarray], b2: float) -> np.ndarray:
+    """RMSProp on normalized gradients, without bias correction."""
+    s = np.zeros(np.shape(grads[0]))
+    for grad in grads:
+        unit = np.asarray(grad, np.float64) / (np.linalg.norm(grad) + 1e-25)
+        s = b2 * s + (1 - b2) * unit**2
+    return unit / (np.sqrt(s) + 1e-10)
+
+
+def sonew_direction(
+    grads: Sequence[np.ndarray],
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-6,
+    band: int = 1,
+    order: str = 'F',
+    edge_tolerance: float = 1e-7,
+    relative_eps: float = 0.0,
+    graft: str | None | Callable[[Sequence[np.ndarray]], np.ndarray] = 'adam',
+) -> np.ndarray:
+    """SONew's direction after the gradients of one leaf (no batch axes)."""
+    mean, second = moments(grads, b1, b2, order)
+    h = damped(band_of(second, band), eps, relative_eps)
+    if band == 1:
+        h = drop_edges(h, edge_tolerance)
+    u = (banded_inverse(h, band) @ mean).reshape(np.shape(grads[0]), order=order)
+    if graft is None:
+        return u
+    w = {
+        'adam': lambda: adam_direction(grads, b1, b2),
+        'momentum': lambda: mean,
+        'sgd': lambda: grads[-1],
+        'rmsprop_normalized': lambda: normalized_rms_direction(grads, b2),
+    }.get(graft, graft)()
+    return u * np.linalg.norm(w) / np.linalg.norm(u) if u.any() else u

@@ -1,0 +1,82 @@
+"""The plan is that of the transformation it is asked about."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import precond_optax
+from precond_optax import LeafRule
+
+PARAMS = {
+    'embedding': jax.ShapeDtypeStruct((1000, 64), jnp.float32),
+    'layers': {
+        'kernel': jax.ShapeDtypeStruct((12, 64, 32), jnp.bfloat16),
+        'bias': jax.ShapeDtypeStruct((12, 32), jnp.bfloat16),
+    },
+}
+LAYOUT = {'embed': LeafRule(precondition=False), '^layers/': LeafRule(batch_axes=1)}
+
+
+def real_bytes(tx, params):
+    state = tx.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params))
+    return sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize('band', [0, 1])
+@pytest.mark.parametrize('graft', ['adam', 'rmsprop_normalized'])
+def test_bytes_are_those_of_the_state(band, graft):
+    tx = precond_optax.sonew(1e-3, band=band, graft=graft, layout=LAYOUT)
+    table = precond_optax.plan(tx, PARAMS)
+    assert table.state_bytes == real_bytes(tx, PARAMS)
+    assert table.adam_bytes + 4 == real_bytes(optax.adam(1e-3), PARAMS)
+    kernel = next(leaf for leaf in table.leaves if leaf.path == 'layers/kernel')
+    entries = 12 * 64 * 32
+    # mu in bfloat16; nu, the off-diagonals and the graft's mean in float32
+    assert kernel.state_bytes == entries * (2 + 4 * (1 + band + (graft != 'adam')))
+
+
+def test_treatment_and_reason():
+    leaves = precond_optax.plan(precond_optax.sonew(1e-3, layout=LAYOUT), PARAMS).leaves
+    said = {leaf.path: (leaf.treatment, leaf.reason) for leaf in leaves}
+    assert said == {
+        'embedding': ('Adam direction', "rule 'embed'"),
+        'layers/bias': ('Adam direction', "1-D after 1 batch axes (rule '^layers/')"),
+        'layers/kernel': (
+            'tridiagonal, 12 x 2048, order F',
+            "2-D after 1 batch axes (rule '^layers/')",
+        ),
+    }
+
+
+def test_inside_wrappers():
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.partition(
+            {'ours': precond_optax.sonew(1e-3), 'adam': optax.adam(1e-3)},
+            lambda params: {'embedding': 'adam', 'layers': {'kernel': 'ours', 'bias': 'ours'}},
+        ),
+    )
+    table = precond_optax.plan(tx, PARAMS)
+    by_path = {leaf.path: leaf for leaf in table.leaves}
+    assert by_path['embedding'].treatment == 'not ours'
+    assert by_path['embedding'].state_bytes == by_path['embedding'].adam_bytes
+    assert by_path['layers/kernel'].treatment == 'tridiagonal, 1 x 24576, order F'
+    assert table.state_bytes == real_bytes(tx, PARAMS)
+
+
+def test_asking_twice_gives_the_same_plan():
+    tx = precond_optax.sonew(1e-3)
+    assert precond_optax.plan(tx, PARAMS) == precond_optax.plan(tx, PARAMS)
+
+
+def test_table():
+    text = str(precond_optax.plan(precond_optax.sonew(1e-3, layout=LAYOUT), PARAMS))
+    assert text.splitlines()[-1].split()[0] == 'total'
+    assert 'layers/kernel  12x64x32  bfloat16' in text
+    assert len(text.splitlines()) == 1 + 1 + 3 + 1 + 1
+
+
+def test_nothing_is_allocated():
+    huge = {'kernel': jax.ShapeDtypeStruct((10**6, 10**6), jnp.float32)}
+    assert precond_optax.plan(precond_optax.sonew(1e-3), huge).state_bytes > 10**13

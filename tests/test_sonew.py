@@ -1,0 +1,276 @@
+"""SONew against the dense oracle, and what is its own; test_conformance.py has the rest."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import precond_optax
+from precond_optax import LeafRule
+from tests import oracles
+
+
+def directions(tx, grads, params=None):
+    """The last of the updates for a list of gradients."""
+    state = tx.init(jax.tree.map(jnp.zeros_like, grads[0]) if params is None else params)
+    update = jax.jit(tx.update)
+    for grad in grads:
+        updates, state = update(grad, state)
+    return updates, state
+
+
+@st.composite
+def runs(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=2, max_size=4)))
+    dtype = draw(st.sampled_from(['float32', 'bfloat16', 'float64']))
+    return (
+        shape,
+        dtype,
+        draw(st.integers(1, 6)),
+        draw(st.sampled_from('FC')),
+        draw(st.sampled_from([0, 1])),
+        draw(st.integers(0, 2**16)),
+    )
+
+
+@given(runs())
+def test_direction_is_the_dense_oracles(run):
+    shape, dtype, steps, order, band, seed = run
+    with jax.enable_x64(dtype == 'float64'):
+        rng = np.random.default_rng(seed)
+        grads = [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(steps)]
+        # eps well above rounding: then the two agree whatever the conditioning of H.
+        keywords = dict(b1=0.8, b2=0.9, eps=1e-2, band=band, order=order)
+        # The moments of a bfloat16 leaf are compared at their arithmetic's precision.
+        tx = precond_optax.scale_by_sonew(**keywords, mu_dtype=None if dtype != 'bfloat16' else 'float32')
+        updates, _ = directions(tx, grads)
+        expected = oracles.sonew_direction([np.asarray(g, np.float64) for g in grads], **keywords)
+        rtol = {'float32': 1e-3, 'bfloat16': 1e-2, 'float64': 1e-9}[dtype]
+        assert updates.dtype == dtype
+        scale = abs(expected).max()
+        np.testing.assert_allclose(
+            np.asarray(updates, np.float64) / scale, expected / scale, rtol=rtol, atol=rtol
+        )
+
+
+@pytest.mark.parametrize('graft', [None, 'adam', 'momentum', 'sgd', 'rmsprop_normalized'])
+@pytest.mark.parametrize('band', [0, 1])
+def test_graft_kinds(rng, graft, band):
+    grads = [rng.normal(size=(4, 3)).astype(np.float32) for _ in range(5)]
+    tx = precond_optax.scale_by_sonew(eps=1e-2, band=band, graft=graft)
+    updates, _ = directions(tx, [jnp.asarray(g) for g in grads])
+    expected = oracles.sonew_direction(grads, eps=1e-2, band=band, graft=graft)
+    np.testing.assert_allclose(updates, expected, rtol=2e-3, atol=1e-4)
+
+
+def test_graft_by_a_transformation_takes_its_norm(rng):
+    grads = [jnp.asarray(rng.normal(size=(4, 3)), 'float32') for _ in range(4)]
+    rule = optax.scale_by_lion()
+    updates, state = directions(precond_optax.scale_by_sonew(graft=rule), grads)
+    magnitudes, _ = directions(rule, grads)
+    np.testing.assert_allclose(jnp.linalg.norm(updates), jnp.linalg.norm(magnitudes), rtol=1e-5)
+    assert isinstance(state.graft, optax.ScaleByLionState)
+
+
+def test_graft_sees_the_parameters_and_extra_arguments():
+    seen = {}
+
+    def update(updates, state, params=None, *, value=None):
+        seen.update(params=params, value=value)
+        return updates, state
+
+    rule = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    tx = precond_optax.scale_by_sonew(graft=rule)
+    params = jnp.ones((2, 2))
+    tx.update(params, tx.init(params), params, value=3.0)
+    assert seen['value'] == 3.0
+    assert seen['params'] is params
+
+
+def test_relative_eps_and_edge_tolerance_reach_the_kernel(rng):
+    grads = [rng.normal(size=(4, 3)).astype(np.float32) for _ in range(3)]
+    for keywords in (dict(relative_eps=0.5), dict(edge_tolerance=0.9), dict(edge_tolerance=0.3)):
+        tx = precond_optax.scale_by_sonew(eps=1e-2, **keywords)
+        updates, _ = directions(tx, [jnp.asarray(g) for g in grads])
+        expected = oracles.sonew_direction(grads, eps=1e-2, **keywords)
+        np.testing.assert_allclose(updates, expected, rtol=2e-3, atol=1e-4)
+        assert not np.allclose(updates, oracles.sonew_direction(grads, eps=1e-2), rtol=1e-2)
+
+
+def test_vectors_and_routed_leaves_get_adams_direction(rng):
+    grads = [
+        {
+            'kernel': jnp.asarray(rng.normal(size=(3, 4)), 'float32'),
+            'bias': jnp.asarray(rng.normal(size=4), 'float32'),
+            'embedding': jnp.asarray(rng.normal(size=(5, 2)), 'float32'),
+        }
+        for _ in range(4)
+    ]
+    adam, _ = directions(optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8), grads)
+    default, _ = directions(precond_optax.scale_by_sonew(b2=0.95), grads)
+    for layout in (
+        {'embed': LeafRule(precondition=False)},
+        lambda path, leaf: LeafRule(precondition=False) if leaf.shape == (5, 2) else None,
+    ):
+        routed, state = directions(precond_optax.scale_by_sonew(b2=0.95, layout=layout), grads)
+        for name in ('bias', 'embedding'):
+            np.testing.assert_allclose(routed[name], adam[name], rtol=1e-5)
+        assert state.offdiag[0]['embedding'] == optax.MaskedNode()
+        np.testing.assert_array_equal(routed['kernel'], default['kernel'])
+    assert not np.allclose(default['embedding'], adam['embedding'], rtol=1e-2)
+    assert not np.allclose(default['kernel'], adam['kernel'], rtol=1e-2)
+
+
+def test_vector_can_be_preconditioned(rng):
+    grads = [rng.normal(size=6).astype(np.float32) for _ in range(3)]
+    tx = precond_optax.scale_by_sonew(eps=1e-2, layout={'': LeafRule(precondition=True)})
+    updates, _ = directions(tx, [jnp.asarray(g) for g in grads])
+    np.testing.assert_allclose(
+        updates, oracles.sonew_direction(grads, eps=1e-2), rtol=2e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize('graft', ['adam', 'rmsprop_normalized'])
+def test_stacked_layers_equal_the_layers(rng, graft):
+    grads = [jnp.asarray(rng.normal(size=(3, 4, 2)), 'float32') for _ in range(4)]
+    tx = precond_optax.scale_by_sonew(
+        graft=graft, relative_eps=1e-3, layout={'': LeafRule(batch_axes=1)}
+    )
+    stacked, _ = directions(tx, grads)
+    alone = precond_optax.scale_by_sonew(graft=graft, relative_eps=1e-3)
+    for i in range(3):
+        single, _ = directions(alone, [g[i] for g in grads])
+        np.testing.assert_allclose(stacked[i], single, rtol=1e-5, atol=1e-7)
+
+
+def test_stacked_biases_are_vectors_still(rng):
+    grads = [jnp.asarray(rng.normal(size=(3, 4)), 'float32') for _ in range(2)]
+    tx = precond_optax.scale_by_sonew(layout={'': LeafRule(batch_axes=1)})
+    updates, state = directions(tx, grads)
+    adam, _ = directions(optax.scale_by_adam(b2=0.95), grads)
+    np.testing.assert_allclose(updates, adam, rtol=1e-5)
+    assert state.offdiag == (optax.MaskedNode(),)
+
+
+def test_ill_conditioned_chain_beats_the_diagonal():
+    """Neighbours that move together: off-diagonals see it, a diagonal cannot."""
+    n = 16
+    distance = abs(np.subtract.outer(np.arange(n), np.arange(n)))
+    hessian = jnp.asarray(0.99**distance, 'float32')
+    target = jnp.asarray(np.random.default_rng(1).normal(size=n), 'float32')
+
+    def loss(x):
+        error = x.reshape(-1) - target
+        return 0.5 * error @ hessian @ error
+
+    def final(tx):
+        def step(carry, _):
+            x, state = carry
+            updates, state = tx.update(jax.grad(loss)(x), state)
+            return (optax.apply_updates(x, updates), state), None
+
+        x = jnp.zeros((1, n))
+        schedule_end, _ = jax.lax.scan(step, (x, tx.init(x)), length=400)
+        return float(loss(schedule_end[0]))
+
+    schedule = optax.linear_schedule(0.1, 0.0, 400)
+    tridiagonal = final(precond_optax.sonew(schedule))
+    assert tridiagonal < 0.5 * final(precond_optax.sonew(schedule, band=0))
+    assert tridiagonal < 0.5 * final(optax.adam(schedule, b2=0.95))
+
+
+def test_scale_law(rng):
+    """Without eps, Adam's graft makes the update free of the gradients' scale."""
+    grads = [jnp.asarray(rng.normal(size=(4, 3)), 'float32') for _ in range(4)]
+    tx = precond_optax.scale_by_sonew(eps=0.0, edge_tolerance=1e-3)
+    one, _ = directions(tx, grads)
+    many, _ = directions(tx, [1e3 * g for g in grads])
+    np.testing.assert_allclose(one, many, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1e-15, 1e8, 1e15, 1e25])
+def test_any_scale_is_finite(rng, scale):
+    grads = [jnp.asarray(scale * rng.normal(size=(4, 3)), 'float32') for _ in range(3)]
+    updates, _ = directions(precond_optax.scale_by_sonew(), grads)
+    assert np.all(np.isfinite(updates))
+
+
+@pytest.mark.parametrize('eps', [0.0, 1e-6])
+def test_zero_gradients_give_zero_updates(eps):
+    updates, state = directions(precond_optax.scale_by_sonew(eps=eps), [jnp.zeros((3, 4))] * 3)
+    np.testing.assert_array_equal(updates, 0)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
+
+
+def test_stored_dtypes():
+    params = {'kernel': jnp.zeros((3, 2), 'bfloat16'), 'bias': jnp.zeros(2, 'bfloat16')}
+    tx = precond_optax.scale_by_sonew()
+    state = tx.init(params)
+    assert state.mu['kernel'].dtype == 'bfloat16'
+    assert state.nu['kernel'].dtype == state.offdiag[0]['kernel'].dtype == 'float32'
+    tx = precond_optax.scale_by_sonew(mu_dtype='float32', stats_dtype='bfloat16')
+    for state in (tx.init(params), tx.update(params, tx.init(params))[1]):
+        assert state.mu['kernel'].dtype == 'float32'
+        for stats in (state.nu['kernel'], state.nu['bias'], state.offdiag[0]['kernel']):
+            assert stats.dtype == 'bfloat16'
+
+
+def test_weight_decay_is_decoupled_and_masked(rng):
+    params = {'kernel': jnp.ones((3, 2)), 'bias': jnp.ones(2)}
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), 'float32'), params)
+    mask = {'kernel': True, 'bias': False}
+    plain = precond_optax.sonew(0.1)
+    decayed = precond_optax.sonew(0.1, weight_decay=0.5, mask=mask)
+    expected, _ = plain.update(grads, plain.init(params), params)
+    updates, _ = decayed.update(grads, decayed.init(params), params)
+    np.testing.assert_allclose(updates['kernel'], expected['kernel'] - 0.05, rtol=1e-5)
+    np.testing.assert_array_equal(updates['bias'], expected['bias'])
+
+
+BAD_ARGUMENTS = [
+    (dict(b1=-0.1), r'b1 must be in \[0, 1\), got -0.1'),
+    (dict(b1=1.0), 'b1 must be in'),
+    (dict(b2=1.5), 'b2 must be in'),
+    (dict(b2='0.9'), "b2 must be a number in .*, got '0.9'"),
+    (dict(eps=-1e-8), 'eps must be in'),
+    (dict(eps=float('nan')), 'eps must be in'),
+    (dict(relative_eps=-1.0), 'relative_eps must be in'),
+    (dict(edge_tolerance=1.0), 'edge_tolerance must be in'),
+    (dict(edge_tolerance=-0.1), 'edge_tolerance must be in'),
+    (dict(weight_decay=-0.1), 'weight_decay must be in'),
+    (dict(band=2), r'band must be one of 0, 1 \(diagonal, tridiagonal\), got 2'),
+    (dict(band=-1), 'band must be one of 0, 1'),
+    (dict(band=True), 'band must be one of 0, 1'),
+    (dict(band=1.0), 'band must be one of 0, 1'),
+    (dict(order='K'), "order must be one of 'F', 'C', got 'K'"),
+    (dict(graft='adamw'), "graft must be one of None, 'adam', .* got 'adamw'"),
+    (dict(graft=3), 'graft must be one of'),
+    (dict(mu_dtype='int32'), "mu_dtype must be None or a floating dtype, got 'int32'"),
+    (dict(stats_dtype='complex64'), 'stats_dtype must be None or a floating dtype'),
+    (dict(stats_dtype='float33'), 'stats_dtype must be None or a floating dtype'),
+    (dict(layout='embed'), "layout must be None, a mapping .* got 'embed'"),
+    (dict(layout={'embed': 'adam'}), r"layout\['embed'\] must be a LeafRule, got 'adam'"),
+    (dict(layout={'(': LeafRule()}), r"'\(' is not a regular expression"),
+]
+
+
+@pytest.mark.parametrize(('keywords', 'message'), BAD_ARGUMENTS)
+def test_bad_argument(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        precond_optax.sonew(1e-3, **keywords)
+
+
+@pytest.mark.parametrize('dtype', ['int32', 'bool', 'complex64'])
+def test_bad_leaf_is_named(dtype):
+    params = {'layer': [{'kernel': jnp.zeros((2, 2))}, {'index': jnp.zeros((2, 3), dtype)}]}
+    with pytest.raises(ValueError, match=rf'layer/1/index: .* got {dtype} of shape \(2, 3\)'):
+        precond_optax.sonew(1e-3).init(params)
+
+
+def test_traced_band_says_what_to_do():
+    tx = optax.inject_hyperparams(precond_optax.sonew)(1e-3)
+    with pytest.raises(ValueError, match=r"static_args=\('band',\)"):
+        tx.init(jnp.zeros((2, 2)))
