@@ -41,9 +41,7 @@ def main(argv: list[str]) -> None:
     refuse_arguments(argv)
     flag = flags.FLAGS
     with clear_errors():
-        summary = train.train_and_evaluate(
-            flag.task, flag.optimizer, flag.workdir, flag.data_dir
-        )
+        summary = train.train_and_evaluate(flag.task, flag.optimizer, flag.workdir, flag.data_dir)
     print(json.dumps(summary))
 
 

@@ -85,7 +85,8 @@ def sweep(
             f'{sorted(optimizer_config)}.'
         )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    root, trials = pathlib.Path(workdir), []
+    root = pathlib.Path(workdir)
+    trials: list[dict[str, Any]] = []
     root.mkdir(parents=True, exist_ok=True)
 
     def objective(trial: Any) -> float:

@@ -1,7 +1,6 @@
 """The training loop: one function, ``train_and_evaluate``."""
 
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Mapping
@@ -12,7 +11,8 @@ import jax.numpy as jnp
 import optax
 import tqdm
 
-from experiments import optimizers, tasks, workdir as workdir_lib
+from experiments import optimizers, tasks
+from experiments import workdir as workdir_lib
 
 
 class Carry(NamedTuple):
@@ -23,9 +23,7 @@ class Carry(NamedTuple):
     step: jax.Array  # shape=(), dtype=int32: steps taken
 
 
-def make_segment(
-    task: tasks.Task, tx: optax.GradientTransformation, seed: int
-) -> Any:
+def make_segment(task: tasks.Task, tx: optax.GradientTransformation, seed: int) -> Any:
     """A function of (carry, data, length) that takes ``length`` steps in one compiled scan.
 
     The order of the examples depends on the seed and the epoch only, never on where the run was
@@ -40,9 +38,7 @@ def make_segment(
     def step(data: Any, scanned: tuple[Carry, jax.Array], _: None) -> Any:
         (params, opt_state, count), order = scanned
         index = count % per_epoch
-        order = jax.lax.cond(
-            index == 0, lambda: order_of(count // per_epoch), lambda: order
-        )
+        order = jax.lax.cond(index == 0, lambda: order_of(count // per_epoch), lambda: order)
         rows = jax.lax.dynamic_slice_in_dim(order, index * size, size)
         batch = jax.tree.map(lambda x: x[rows], data)
         loss, grads = jax.value_and_grad(task.loss)(params, batch)

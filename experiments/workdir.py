@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
     """Versions, device and code of a run, so that its numbers can be traced."""
     import importlib.metadata
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

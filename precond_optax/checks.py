@@ -7,10 +7,13 @@ stop the trace or wait for the device.
 
 import numbers
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+
+# A hyperparameter: a number, or a traced one.
+Scalar: TypeAlias = float | jax.Array
 
 
 def is_static_zero(value: Any) -> bool:
@@ -18,16 +21,14 @@ def is_static_zero(value: Any) -> bool:
     return isinstance(value, (numbers.Number, np.number)) and value == 0
 
 
-def in_range(
-    name: str, value: Any, low: float, high: float = float('inf'), *, high_included: bool = False
-) -> None:
-    """Raises ``ValueError`` unless ``low <= value < high`` (``<= high`` where included)."""
+def in_range(name: str, value: Any, low: float, high: float = float('inf')) -> None:
+    """Raises ``ValueError`` unless ``low <= value < high``."""
     if isinstance(value, (jax.Array, np.ndarray)):
         return
-    allowed = f'[{low:g}, {high:g}' + (']' if high_included else ')')
+    allowed = f'[{low:g}, {high:g})'
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.number)):
         raise ValueError(f'{name} must be a number in {allowed}, got {value!r}.')
-    if not (low <= value < high or (high_included and value == high)):
+    if not low <= float(value) < high:
         raise ValueError(f'{name} must be in {allowed}, got {value!r}.')
 
 

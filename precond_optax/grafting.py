@@ -19,7 +19,7 @@ The norms are taken over a leaf, and over each of its layers where it has batch 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,10 @@ import optax
 
 from precond_optax import layout as layout_lib
 from precond_optax import leafwise
+from precond_optax.checks import Scalar
 from precond_optax.layout import LeafLayout
 
-Graft = str | optax.GradientTransformation | None
+Graft: TypeAlias = str | optax.GradientTransformation | None
 
 KINDS = (None, 'adam', 'momentum', 'sgd', 'rmsprop_normalized')
 ADAM_EPS = 1e-8
@@ -47,7 +48,7 @@ def check(graft: Graft) -> None:
 
 
 def transformation(
-    graft: Graft, b2: jax.typing.ArrayLike, layout: layout_lib.Layout
+    graft: Graft, b2: Scalar, layout: layout_lib.Layout
 ) -> optax.GradientTransformation | None:
     """The rule as a transformation of its own; None if it needs only what the method has."""
     if graft == 'rmsprop_normalized':
@@ -60,9 +61,7 @@ def adam_direction(mu_hat: jax.Array, nu_hat: jax.Array) -> jax.Array:
     return mu_hat / (jnp.sqrt(nu_hat) + ADAM_EPS)
 
 
-def magnitude(
-    graft: Graft, mu_hat: jax.Array, nu_hat: jax.Array, own: jax.Array
-) -> jax.Array:
+def magnitude(graft: Graft, mu_hat: jax.Array, nu_hat: jax.Array, own: jax.Array) -> jax.Array:
     """w, from the method's moments or, for the other kinds, the rule's ``own`` update."""
     if graft == 'adam':
         return adam_direction(mu_hat, nu_hat)
@@ -98,12 +97,12 @@ def rescale(direction: jax.Array, magnitude: jax.Array, axes: Sequence[int]) -> 
 class ScaleByNormalizedRmsState(NamedTuple):
     """State of ``scale_by_normalized_rms``."""
 
-    count: jax.typing.ArrayLike  # shape=(), dtype=int32
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32
     nu: optax.Updates  # like the parameters, float32 at least: mean of squared normalized grads
 
 
 def scale_by_normalized_rms(
-    b2: jax.typing.ArrayLike, *, layout: layout_lib.Layout = None
+    b2: Scalar, *, layout: layout_lib.Layout = None
 ) -> optax.GradientTransformationExtraArgs:
     """RMSProp, without bias correction, on gradients normalized leaf by leaf.
 
@@ -122,7 +121,7 @@ def scale_by_normalized_rms(
         grad: jax.Array, state: ScaleByNormalizedRmsState, facts: LeafLayout
     ) -> tuple[jax.Array, leafwise.Fields]:
         unit = grad / (norm(grad, facts.axes) + 1e-25)
-        nu = b2 * state.nu + jnp.where(b2 < 1, 1 - b2, 1) * unit * unit  # type: ignore[operator]
+        nu = b2 * state.nu + jnp.where(b2 < 1, 1 - b2, 1) * unit * unit
         return unit / (jnp.sqrt(nu) + 1e-10), {'nu': nu}
 
     return leafwise.leafwise(ScaleByNormalizedRmsState, init_leaf, update_leaf, layout=layout)

@@ -7,7 +7,7 @@ trace; nothing of them is in the state.
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,8 @@ class LeafRule:
 
 # Rules by path: regular expressions that are searched for in the leaf's path, first match wins;
 # or a function of the path and the leaf's shape and dtype, None for "decide by the shape".
-Layout = (
-    Mapping[str, LeafRule] | Callable[[str, jax.ShapeDtypeStruct], LeafRule | None] | None
-)
+LayoutFn: TypeAlias = Callable[[str, jax.ShapeDtypeStruct], LeafRule | None]
+Layout: TypeAlias = Mapping[str, LeafRule] | LayoutFn | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +111,10 @@ def _rule_for(path: str, leaf: jax.ShapeDtypeStruct, layout: Layout) -> tuple[Le
             if re.search(pattern, path):
                 return rule, f'rule {pattern!r}'
         return LeafRule(), ''
-    rule = layout(path, leaf)
-    if rule is not None and not isinstance(rule, LeafRule):
-        raise ValueError(f'{path}: layout must return a LeafRule or None, got {rule!r}.')
-    return (LeafRule(), '') if rule is None else (rule, 'layout function')
+    given = layout(path, leaf)
+    if given is not None and not isinstance(given, LeafRule):
+        raise ValueError(f'{path}: layout must return a LeafRule or None, got {given!r}.')
+    return (LeafRule(), '') if given is None else (given, 'layout function')
 
 
 def leaf_layout(path: str, leaf: Any, layout: Layout) -> LeafLayout:

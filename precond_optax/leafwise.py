@@ -17,6 +17,7 @@ import optax
 
 from precond_optax import checks
 from precond_optax import layout as layout_lib
+from precond_optax.checks import Scalar
 from precond_optax.layout import LeafLayout
 
 # A leaf's state: by field, an array, a tuple of arrays (a stacked field) or optax.MaskedNode().
@@ -116,9 +117,7 @@ def leafwise(
             value = getattr(state, name)
             if name in depth:
                 parts = [treedef.flatten_up_to(tree) for tree in value]
-                columns[name] = [
-                    tuple(p[i] for p in parts) for i in range(treedef.num_leaves)
-                ]
+                columns[name] = [tuple(p[i] for p in parts) for i in range(treedef.num_leaves)]
             else:
                 columns[name] = treedef.flatten_up_to(value)
         return [{n: columns[n][i] for n in names} for i in range(treedef.num_leaves)]
@@ -155,9 +154,7 @@ def leafwise(
             if has_graft:
                 wide['graft'] = _cast(magnitude, facts.compute_dtype)
             leaf_state = state_type(count=count, **wide)
-            direction, changed = update_leaf(
-                grad.astype(facts.compute_dtype), leaf_state, facts
-            )
+            direction, changed = update_leaf(grad.astype(facts.compute_dtype), leaf_state, facts)
             directions.append(direction.astype(grad.dtype))
             per_leaf.append({**fields, **_cast_like(changed, fields)})
         trees = to_trees(per_leaf, treedef)
@@ -182,7 +179,7 @@ def _cast_like(changed: Fields, fields: Fields) -> Fields:
 def chain_learning_rate(
     direction: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: jax.typing.ArrayLike,
+    weight_decay: Scalar,
     mask: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """An alias: the direction, decoupled weight decay, the learning rate and the sign.

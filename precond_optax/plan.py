@@ -113,6 +113,8 @@ def plan(tx: optax.GradientTransformation, params: optax.Params) -> Plan:
       >>> table.leaves[0].treatment, table.state_bytes, table.adam_bytes
       ('tridiagonal, 1 x 16777216, order F', 201326596, 134217728)
     """
+    with_paths: list[Any]
+    treedef: Any
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [leafwise.path_string(path) for path, _ in with_paths]
     with leafwise.recording() as records:

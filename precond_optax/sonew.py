@@ -10,6 +10,7 @@ import optax
 
 from precond_optax import checks, grafting, leafwise
 from precond_optax import layout as layout_lib
+from precond_optax.checks import Scalar
 from precond_optax.kernels import diagonal, tridiagonal
 from precond_optax.layout import LeafLayout
 
@@ -21,7 +22,7 @@ _PATTERNS = {0: 'diagonal', 1: 'tridiagonal'}
 class ScaleBySonewState(NamedTuple):
     """State of ``scale_by_sonew``."""
 
-    count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps taken
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32: steps taken
     mu: optax.Updates  # like the parameters, of mu_dtype: mean of the gradients
     nu: optax.Updates  # like the parameters, of stats_dtype: mean of their squares
     # `band` trees like the parameters, of stats_dtype: tree k holds the mean of g_j g_{j+k+1};
@@ -37,14 +38,14 @@ def _edge_tolerance(stats_dtype: jnp.dtype) -> float:
 
 
 def scale_by_sonew(
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.95,
-    eps: jax.typing.ArrayLike = 1e-6,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.95,
+    eps: Scalar = 1e-6,
     *,
     band: int = 1,
     order: str = 'F',
-    edge_tolerance: jax.typing.ArrayLike | None = None,
-    relative_eps: jax.typing.ArrayLike = 0.0,
+    edge_tolerance: Scalar | None = None,
+    relative_eps: Scalar = 0.0,
     graft: grafting.Graft = 'adam',
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
@@ -150,19 +151,19 @@ def scale_by_sonew(
 
 def sonew(
     learning_rate: optax.ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.95,
-    eps: jax.typing.ArrayLike = 1e-6,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.95,
+    eps: Scalar = 1e-6,
     *,
     band: int = 1,
     order: str = 'F',
-    edge_tolerance: jax.typing.ArrayLike | None = None,
-    relative_eps: jax.typing.ArrayLike = 0.0,
+    edge_tolerance: Scalar | None = None,
+    relative_eps: Scalar = 0.0,
     graft: grafting.Graft = 'adam',
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
     layout: layout_lib.Layout = None,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: Scalar = 0.0,
     mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SONew: a sparse inverse of the gradients' second moment, at nearly Adam's cost.

@@ -39,7 +39,7 @@ def banded_inverse(h: np.ndarray, band: int) -> np.ndarray:
 
 
 def damped(h: np.ndarray, eps: float, relative_eps: float = 0.0) -> np.ndarray:
-    """h plus eps and a share of its largest absolute row sum on the diagonal."""
+    """H plus eps and a share of its largest absolute row sum on the diagonal."""
     return h + np.eye(len(h)) * (eps + relative_eps * np.abs(h).sum(axis=1).max(initial=0))
 
 
@@ -93,7 +93,7 @@ def sonew_direction(
     order: str = 'F',
     edge_tolerance: float = 1e-7,
     relative_eps: float = 0.0,
-    graft: str | None | Callable[[Sequence[np.ndarray]], np.ndarray] = 'adam',
+    graft: str | Callable[[Sequence[np.ndarray]], np.ndarray] | None = 'adam',
 ) -> np.ndarray:
     """SONew's direction after the gradients of one leaf (no batch axes)."""
     mean, second = moments(grads, b1, b2, order)

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -25,9 +24,7 @@ def broken(name, **changes):
 
     def wrap(change):
         def factory(learning_rate, b1=0.9, b2=0.95, eps=1e-6, mu_dtype=None, layout=None):
-            tx = precond_optax.sonew(
-                learning_rate, b1, b2, eps, mu_dtype=mu_dtype, layout=layout
-            )
+            tx = precond_optax.sonew(learning_rate, b1, b2, eps, mu_dtype=mu_dtype, layout=layout)
             return change(tx, learning_rate)
 
         row = cases.Case(name, factory, state_arrays=3)
@@ -131,9 +128,7 @@ def _row(name, factory, **changes):
     return dataclasses.replace(cases.Case(name, factory, state_arrays=3), **changes)
 
 
-wrong_dtype = _map(
-    lambda u, g: u.astype(jnp.bfloat16 if u.dtype == jnp.float32 else jnp.float32)
-)
+wrong_dtype = _map(lambda u, g: u.astype(jnp.bfloat16 if u.dtype == jnp.float32 else jnp.float32))
 nan_scrubbed = _map(lambda u, g: jnp.nan_to_num(u))
 
 
@@ -168,9 +163,7 @@ BROKEN = {
     'injected_hyperparameters_give_the_same': _row('static_b2', _static_b2),
     'schedule_equals_constant': broken('drops_schedules')(drops_schedules),
     'multi_steps_is_one_step_on_the_mean': broken('concrete')(concrete),
-    'masked_and_partitioned_leaves_are_left_alone': broken('cross_talk')(
-        after(cross_talk)
-    ),
+    'masked_and_partitioned_leaves_are_left_alone': broken('cross_talk')(after(cross_talk)),
     'chained_with_clipping': broken('concrete')(concrete),
     'nan_is_left_to_apply_if_finite': broken('scrubs')(after(nan_scrubbed)),
     'zero_gradients_give_zero_updates': broken('noise')(after(_map(lambda u, g: u + 1e-9))),
@@ -179,9 +172,7 @@ BROKEN = {
         after(_map(lambda u, g: u + g))
     ),
     'mu_dtype_is_honoured': _row('no_mu_dtype', _no_mu_dtype),
-    'state_bytes_are_as_documented': dataclasses.replace(
-        cases.BY_NAME['sonew'], state_arrays=2
-    ),
+    'state_bytes_are_as_documented': dataclasses.replace(cases.BY_NAME['sonew'], state_arrays=2),
     'resumed_run_is_the_same_bit_for_bit': broken('differs')(differs_each_time),
     'stacked_leaves_equal_their_layers': _row('unlayered', _unlayered),
     'vmap_over_models_equals_the_loop': broken('concrete')(concrete),

@@ -6,7 +6,6 @@ rows of `tests/cases.py` just before its test classes are made; its checks are u
 
 import ast
 import functools
-import importlib.util
 import pathlib
 import types
 from typing import Any

@@ -45,7 +45,9 @@ def test_direction_is_the_dense_oracles(run):
         # eps well above rounding: then the two agree whatever the conditioning of H.
         keywords = dict(b1=0.8, b2=0.9, eps=1e-2, band=band, order=order)
         # The moments of a bfloat16 leaf are compared at their arithmetic's precision.
-        tx = precond_optax.scale_by_sonew(**keywords, mu_dtype=None if dtype != 'bfloat16' else 'float32')
+        tx = precond_optax.scale_by_sonew(
+            **keywords, mu_dtype=None if dtype != 'bfloat16' else 'float32'
+        )
         updates, _ = directions(tx, grads)
         expected = oracles.sonew_direction([np.asarray(g, np.float64) for g in grads], **keywords)
         rtol = {'float32': 1e-3, 'bfloat16': 1e-2, 'float64': 1e-9}[dtype]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from precond_optax import checks
+from precond_optax.checks import Scalar
 from precond_optax.kernels import chain
 
 
@@ -18,7 +19,7 @@ def accumulate(
     diag: jax.Array,
     offdiag: tuple[jax.Array, ...],
     *,
-    b2: jax.typing.ArrayLike,
+    b2: Scalar,
     axes: Sequence[int],
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Moves the running mean of g^2 one step on."""
@@ -30,9 +31,9 @@ def factor(
     diag: jax.Array,
     offdiag: tuple[jax.Array, ...],
     *,
-    eps: jax.typing.ArrayLike,
-    relative_eps: jax.typing.ArrayLike,
-    edge_tolerance: jax.typing.ArrayLike,
+    eps: Scalar,
+    relative_eps: Scalar,
+    edge_tolerance: Scalar,
     axes: Sequence[int],
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """``((), a)``: no edges, and the damped diagonal in place of the Schur complements."""
@@ -45,8 +46,8 @@ def damp(
     diag: jax.Array,
     offdiag: tuple[jax.Array, ...],
     *,
-    eps: jax.typing.ArrayLike,
-    relative_eps: jax.typing.ArrayLike,
+    eps: Scalar,
+    relative_eps: Scalar,
     axes: Sequence[int],
 ) -> jax.Array:
     """The damped diagonal that all patterns share.

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from precond_optax.checks import Scalar
 from precond_optax.kernels import chain, diagonal
 
 
@@ -35,7 +36,7 @@ def accumulate(
     diag: jax.Array,
     offdiag: tuple[jax.Array, ...],
     *,
-    b2: jax.typing.ArrayLike,
+    b2: Scalar,
     axes: Sequence[int],
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Moves the kept entries of the running mean of g g^T one step on.
@@ -61,9 +62,9 @@ def factor(
     diag: jax.Array,
     offdiag: tuple[jax.Array, ...],
     *,
-    eps: jax.typing.ArrayLike,
-    relative_eps: jax.typing.ArrayLike,
-    edge_tolerance: jax.typing.ArrayLike,
+    eps: Scalar,
+    relative_eps: Scalar,
+    edge_tolerance: Scalar,
     axes: Sequence[int],
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """The factors of X.

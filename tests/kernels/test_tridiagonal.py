@@ -46,7 +46,9 @@ def test_band_of_inverse_of_x_is_band_of_h(problem):
         axes = axes_of(shape, order)
         for band, kernel in KERNELS.items():
             off = (edge,) * band
-            psi, schur = kernel.factor(diag, off, eps=1e-3, relative_eps=0, edge_tolerance=0, axes=axes)
+            psi, schur = kernel.factor(
+                diag, off, eps=1e-3, relative_eps=0, edge_tolerance=0, axes=axes
+            )
             x = np.asarray(kernel.to_dense(psi, schur, axes=axes))
             np.testing.assert_array_equal(x, oracles.band_of(x, band))
             expected = oracles.band_of(oracles.damped(dense, 1e-3), band)

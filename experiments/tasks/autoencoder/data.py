@@ -56,7 +56,8 @@ def _mnist(data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
 
 def _in_canonical_order(images: np.ndarray) -> np.ndarray:
     """Sorted: the two forms list the same images in different orders, and a seed's run should
-    not depend on the form. Training shuffles anyway."""
+    not depend on the form. Training shuffles anyway.
+    """
     return images[sorted(range(len(images)), key=lambda i: images[i].tobytes())]
 
 

@@ -1,0 +1,131 @@
+"""Optimizer step time as a ratio to optax.adam, and state bytes per parameter.
+
+python -m experiments.benchmark [--workdir=DIR] [--rounds=20]
+
+Whole steps are timed (update and apply_updates, parameters and state donated), one of each
+optimizer in turn, so that all see the same machine; medians are shown. With --workdir, the
+times go to benchmark.json there, and the tables to benchmark.md.
+"""
+
+import itertools
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import app, flags
+
+import precond_optax
+from configs.tasks import autoencoder as autoencoder_config
+from experiments import main as main_lib
+from experiments import report, workdir
+
+_ROUNDS = flags.DEFINE_integer('rounds', 20, 'Timed steps of each optimizer.', lower_bound=1)
+
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    'adam': lambda: optax.adam(1e-3),
+    'adafactor': lambda: optax.adafactor(1e-3),
+    'sonew, diagonal': lambda: precond_optax.sonew(1e-3, band=0),
+    'sonew, tridiagonal': lambda: precond_optax.sonew(1e-3),
+    'sonew, tridiagonal, order C': lambda: precond_optax.sonew(1e-3, order='C'),
+    'sonew, tridiagonal, no graft': lambda: precond_optax.sonew(1e-3, graft=None),
+    'sonew, tridiagonal, bfloat16 state': lambda: precond_optax.sonew(
+        1e-3, mu_dtype=jnp.bfloat16, stats_dtype=jnp.bfloat16
+    ),
+}
+
+
+def autoencoder_shapes() -> dict[str, tuple[int, ...]]:
+    """The shapes of the MNIST autoencoder's parameters."""
+    sizes = (784, *autoencoder_config.get_config().hidden, 784)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        shapes[f'dense_{i}/kernel'] = (inputs, outputs)
+        shapes[f'dense_{i}/bias'] = (outputs,)
+    return shapes
+
+
+TREES: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
+    'one (4096, 4096) leaf': lambda: {'kernel': (4096, 4096)},
+    "the autoencoder's tree": autoencoder_shapes,
+}
+
+
+def measure(shapes: dict[str, tuple[int, ...]], rounds: int) -> list[dict[str, Any]]:
+    """Times every optimizer on a tree, turn by turn.
+
+    Args:
+      shapes: of the leaves, all float32.
+      rounds: timed steps of each optimizer.
+
+    Returns:
+      For each optimizer its times in seconds and its state bytes per parameter.
+    """
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    grads = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    count = sum(g.size for g in grads.values())
+    runs: dict[str, list[Any]] = {}
+    for name, make in OPTIMIZERS.items():
+        tx = make()
+
+        def step(params: Any, state: Any, grads: Any, tx: Any = tx) -> Any:
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params = jax.tree.map(jnp.zeros_like, grads)
+        state = tx.init(params)
+        size = sum(x.nbytes for x in jax.tree.leaves(state))
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
+        runs[name] = [compiled, *compiled(params, state, grads), [], size]
+    for _ in range(rounds):
+        for run in runs.values():
+            compiled, params, state, times, _ = run
+            clock = time.perf_counter()
+            run[1], run[2] = jax.block_until_ready(compiled(params, state, grads))
+            times.append(time.perf_counter() - clock)
+    return [
+        {'optimizer': name, 'seconds': times, 'state_bytes_per_parameter': size / count}
+        for name, (_, _, _, times, size) in runs.items()
+    ]
+
+
+def render(results: dict[str, list[dict[str, Any]]]) -> str:
+    """One table for each tree."""
+    parts = []
+    for tree, rows in results.items():
+        adam = statistics.median(rows[0]['seconds'])
+        cells = [
+            [
+                row['optimizer'],
+                f'{1e3 * statistics.median(row["seconds"]):.2f}',
+                f'{statistics.median(row["seconds"]) / adam:.2f}',
+                f'{row["state_bytes_per_parameter"]:.2f}',
+            ]
+            for row in rows
+        ]
+        header = ['optimizer', 'ms per step', 'ratio to adam', 'state bytes per parameter']
+        parts.append(f'{tree}\n\n' + report.markdown(header, cells))
+    return '\n\n'.join(parts)
+
+
+def main(argv: list[str]) -> None:
+    """Measures all trees and prints the tables."""
+    main_lib.refuse_arguments(argv)
+    results = {name: measure(shapes(), _ROUNDS.value) for name, shapes in TREES.items()}
+    text = render(results)
+    print(text)
+    if flags.FLAGS.workdir:
+        folder = pathlib.Path(flags.FLAGS.workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {'environment': workdir.environment(), 'results': results}
+        (folder / 'benchmark.json').write_text(json.dumps(content, indent=1) + '\n')
+        (folder / 'benchmark.md').write_text(text + '\n')
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,191 @@
+"""One table and one plot from any number of runs.
+
+python -m experiments.report DIR... [--output=REPORT]
+
+A DIR is a run's workdir, or a folder with some below it. Writes REPORT.md, REPORT.json and
+REPORT.png (loss by step and by second) and prints the table. Runs that are not through are
+listed with the step they reached.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from absl import app, flags
+
+from experiments import main as main_lib
+
+_OUTPUT = flags.DEFINE_string('output', 'report', 'Path of the report, without ending.')
+
+
+class Run(NamedTuple):
+    """What a workdir holds."""
+
+    label: str
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def find(folders: Sequence[str]) -> list[pathlib.Path]:
+    """The workdirs among and below the folders.
+
+    Raises:
+      FileNotFoundError: if a folder has none.
+    """
+    found = []
+    for folder in map(pathlib.Path, folders):
+        below = sorted(file.parent for file in folder.rglob('config.json'))
+        if not below:
+            raise FileNotFoundError(f'{folder} holds no run: no config.json is in or below it.')
+        found.extend(below)
+    return found
+
+
+def load(workdirs: Sequence[pathlib.Path]) -> list[Run]:
+    """The runs, labelled by their optimizer and by what tells them apart."""
+    configs = [json.loads((folder / 'config.json').read_text()) for folder in workdirs]
+    labels = _labels(configs)
+    runs = []
+    for folder, config, label in zip(workdirs, configs, labels, strict=True):
+        log, end = folder / 'metrics.jsonl', folder / 'summary.json'
+        lines = log.read_text().splitlines() if log.exists() else []
+        summary = json.loads(end.read_text()) if end.exists() else {}
+        runs.append(Run(label, config, [json.loads(line) for line in lines], summary))
+    return runs
+
+
+def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Each optimizer's name with the settings in which the runs differ."""
+    flat = [
+        {
+            f'{group}.{key}': value
+            for group in ('task', 'optimizer')
+            for key, value in c[group].items()
+        }
+        for c in configs
+    ]
+    labels = []
+    for own in flat:
+        name = own['optimizer.name']
+        alike = [other for other in flat if other['optimizer.name'] == name]
+        differing = [
+            f'{key.split(".")[1]}={_short(value)}'
+            for key, value in own.items()
+            if any(other.get(key) != value for other in alike)
+            or (key.startswith('task.') and any(other.get(key) != value for other in flat))
+        ]
+        labels.append(' '.join([name, *differing]))
+    return labels
+
+
+def _short(value: Any) -> str:
+    return f'{value:.3g}' if isinstance(value, float) else str(value)
+
+
+def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, best final loss first, unfinished runs last."""
+    header = ['run', 'train loss', 'test loss', 'seconds', 'steps/s', 'state bytes', 'skipped']
+
+    def key(run: Run) -> float:
+        return run.summary.get('train_loss', float('inf'))
+
+    rows = []
+    for run in sorted(runs, key=key):
+        end = run.summary
+        if not end:
+            step = run.metrics[-1]['step'] if run.metrics else 0
+            rows.append([run.label, f'at step {step}', '', '', '', '', ''])
+            continue
+        rows.append(
+            [
+                run.label,
+                f'{end["train_loss"]:.3f}',
+                f'{end["test_loss"]:.3f}',
+                f'{end["seconds"]:.1f}',
+                f'{end["steps_per_second"]:.1f}',
+                f'{end["state_bytes"]:,}',
+                str(end['notfinite']),
+            ]
+        )
+    return header, rows
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that reads well as plain text too."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return '| ' + ' | '.join(cells) + ' |'
+
+    dashes = ['-' * w if i == 0 else '-' * (w - 1) + ':' for i, w in enumerate(widths)]
+    return '\n'.join([line(header), line(dashes), *map(line, rows)])
+
+
+def plot(runs: Sequence[Run], file: pathlib.Path) -> None:
+    """Training loss by step and by second, logarithmic, best run first in the legend."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout='constrained')
+    ordered = sorted(runs, key=lambda run: run.summary.get('train_loss', float('inf')))
+    for run in (run for run in ordered if run.metrics):
+        loss = [row['loss'] for row in run.metrics]
+        for axis, x in zip(axes, ('step', 'seconds'), strict=True):
+            axis.plot([row[x] for row in run.metrics], loss, label=run.label, linewidth=1.2)
+    for axis, x in zip(axes, ('step', 'seconds of training'), strict=True):
+        axis.set(xlabel=x, yscale='log')
+        axis.grid(visible=True, which='both', alpha=0.25)
+    axes[0].set_ylabel('training loss, mean since the last log line')
+    axes[0].legend(fontsize='small')
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def report(folders: Sequence[str], output: str) -> str:
+    """Writes the report of the runs in ``folders`` and returns its text."""
+    runs = load(find(folders))
+    header, rows = table(runs)
+    base = pathlib.Path(output)
+    base.parent.mkdir(parents=True, exist_ok=True)
+    environments = {json.dumps(run.config['environment'], sort_keys=True) for run in runs}
+    text = (
+        markdown(header, rows)
+        + '\n\n'
+        + '\n'.join(
+            _environment_line(json.loads(environment)) for environment in sorted(environments)
+        )
+    )
+    base.with_name(base.name + '.md').write_text(text + '\n')
+    content = [{'label': run.label, 'config': run.config, 'summary': run.summary} for run in runs]
+    base.with_name(base.name + '.json').write_text(json.dumps(content, indent=2) + '\n')
+    image = base.with_name(base.name + '.png')
+    plot(runs, image)
+    return f'{text}\n\nplot: {image}'
+
+
+def _environment_line(environment: dict[str, Any]) -> str:
+    versions = ', '.join(f'{k} {v}' for k, v in environment['versions'].items() if v)
+    return (
+        f'{environment["num_devices"]} x {environment["device"]}, {environment["num_cpus"]} CPUs; '
+        f'Python {environment["python"]}, {versions}; commit {environment["commit"]}'
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Prints the report of the folders on the command line."""
+    if len(argv) < 2:
+        raise app.UsageError('give at least one workdir')
+    with main_lib.clear_errors():
+        print(report(argv[1:], _OUTPUT.value))
+
+
+if __name__ == '__main__':
+    app.run(main)

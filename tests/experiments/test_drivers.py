@@ -1,0 +1,378 @@
+"""The drivers: every task with every optimizer, kill and resume, wrong input."""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import benchmark, optimizers, report, sweep, train
+from experiments import tasks as tasks_lib
+from experiments import workdir as workdir_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+TASKS = sorted(f.stem for f in (ROOT / 'configs/tasks').glob('[a-z]*.py'))
+OPTIMIZERS = sorted(f.stem for f in (ROOT / 'configs/optimizers').glob('[a-z]*.py'))
+
+
+def config_of(kind, name):
+    return importlib.import_module(f'configs.{kind}.{name}').get_config()
+
+
+def small_task(config='autoencoder', **changes):
+    """A task's config shrunk to two steps on synthetic data."""
+    task = config_of('tasks', config)
+    task.update(
+        source='synthetic', hidden=(8, 3, 8), batch_size=64, epochs=2, warmup_epochs=1, log_every=1
+    )
+    task.update(changes)
+    return task
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if 'second' not in k} for row in rows]
+
+
+def main(*arguments, module='main', **keywords):
+    return subprocess.run(
+        [sys.executable, '-m', f'experiments.{module}', *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **keywords,
+    )
+
+
+def flags_for(workdir, *more):
+    return (
+        '--task=configs/tasks/digits.py',
+        '--optimizer=configs/optimizers/sonew.py',
+        f'--workdir={workdir}',
+        '--task.source=synthetic',
+        '--task.batch_size=64',
+        '--task.hidden=(8,3,8)',
+        *more,
+    )
+
+
+def test_every_config_is_a_known_optimizer():
+    assert {config_of('optimizers', name).name for name in OPTIMIZERS} == set(optimizers.FACTORIES)
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+@pytest.mark.parametrize('task', TASKS)
+def test_every_task_with_every_optimizer(task, optimizer, tmp_path):
+    task_config = small_task(task, batch_size=128)
+    summary = train.train_and_evaluate(
+        task_config, config_of('optimizers', optimizer), tmp_path, progress=False
+    )
+    assert summary['steps'] == 4
+    assert np.isfinite(summary['train_loss'])
+    assert summary['notfinite'] == 0
+    assert [row['step'] for row in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_training_lowers_the_loss(tmp_path):
+    task = small_task(epochs=30)
+    summary = train.train_and_evaluate(task, config_of('optimizers', 'sonew'), tmp_path)
+    assert summary['train_loss'] < 0.97 * lines(tmp_path)[0]['loss']
+
+
+def test_length_of_segments_does_not_change_the_run(tmp_path):
+    """One step at a time, three at a time, or all: the same losses."""
+    optimizer = config_of('optimizers', 'sonew')
+    optimizer.eps = 1e-2
+    ends = []
+    for every in (1, 3, 100):
+        task = small_task(log_every=every, epochs=4)
+        folder = tmp_path / str(every)
+        ends.append(train.train_and_evaluate(task, optimizer, folder, progress=False))
+    for end in ends[1:]:
+        np.testing.assert_allclose(end['train_loss'], ends[0]['train_loss'], rtol=1e-5)
+
+
+def test_every_example_is_seen_once_in_an_epoch(monkeypatch, tmp_path):
+    """With a loss that marks the rows it is given, by the gradient."""
+    count, size = 12, 4
+
+    def fake(config, data_dir):
+        return tasks_lib.Task(
+            train_data=jnp.arange(count),
+            batch_size=size,
+            epochs=2,
+            init=lambda key: jnp.zeros(count),
+            loss=lambda params, rows: jnp.sum(params[rows]) + 0 * jnp.sum(params),
+            schedule=lambda peak: lambda step: -peak,
+            evaluate=lambda params: {'train_loss': params.sum(), 'seen': params.min()},
+        )
+
+    monkeypatch.setattr(tasks_lib, 'make', fake)
+    config = config_of('optimizers', 'sgd')
+    config.update(momentum=0.0, learning_rate=1.0)
+    summary = train.train_and_evaluate(small_task(log_every=2), config, tmp_path, progress=False)
+    assert summary['train_loss'] == 2 * count
+    assert summary['seen'] == 2
+
+
+@pytest.mark.parametrize('stop_after', [1, 4, 5])
+def test_resumed_run_is_the_same_bit_for_bit(tmp_path, stop_after):
+    task, optimizer = (
+        small_task(epochs=3, checkpoint_every_epochs=1),
+        config_of('optimizers', 'sonew'),
+    )
+    whole = train.train_and_evaluate(task, optimizer, tmp_path / 'whole', progress=False)
+    cut = tmp_path / 'cut'
+    partial = train.train_and_evaluate(task, optimizer, cut, progress=False, stop_after=stop_after)
+    assert partial == {'step': stop_after}
+    resumed = train.train_and_evaluate(task, optimizer, cut, progress=False)
+    assert without_clock([resumed]) == without_clock([whole])
+    assert without_clock(lines(cut)) == without_clock(lines(tmp_path / 'whole'))
+
+
+def test_killed_run_resumes_bit_for_bit(tmp_path):
+    """SIGKILL in the middle, twice; then the same command ends as if nothing had been."""
+    more = ('--task.epochs=4000', '--task.log_every=10', '--task.checkpoint_every_epochs=100')
+    assert main(*flags_for(tmp_path / 'whole', *more)).returncode == 0
+    cut = tmp_path / 'cut'
+    for kill in range(2):
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'experiments.main', *flags_for(cut, *more)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        log, wanted = cut / 'metrics.jsonl', 200 + 400 * kill
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if log.exists() and len(log.read_text().splitlines()) > wanted:
+                break
+            time.sleep(0.01)
+        assert process.poll() is None, 'the run ended before it could be killed'
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (cut / 'summary.json').exists()
+    done = main(*flags_for(cut, *more))
+    assert done.returncode == 0, done.stderr
+    assert without_clock(lines(cut)) == without_clock(lines(tmp_path / 'whole'))
+    ends = [json.loads((tmp_path / f / 'summary.json').read_text()) for f in ('cut', 'whole')]
+    assert without_clock(ends[:1]) == without_clock(ends[1:])
+
+
+def test_finished_run_is_not_repeated(tmp_path):
+    task, optimizer = small_task(), config_of('optimizers', 'adam')
+    first = train.train_and_evaluate(task, optimizer, tmp_path, progress=False)
+    stamp = (tmp_path / 'metrics.jsonl').stat().st_mtime_ns
+    assert train.train_and_evaluate(task, optimizer, tmp_path, progress=False) == first
+    assert (tmp_path / 'metrics.jsonl').stat().st_mtime_ns == stamp
+
+
+def test_log_line_cut_off_by_a_kill_is_dropped(tmp_path):
+    run = workdir_lib.Workdir(tmp_path, {'a': 1}, {'b': 2})
+    run.log({'step': 1})
+    run.log({'step': 2})
+    with open(tmp_path / 'metrics.jsonl', 'a') as file:
+        file.write('{"step": 3, "lo')
+    run.truncate_metrics(1)
+    assert lines(tmp_path) == [{'step': 1}]
+
+
+def test_non_finite_gradients_are_skipped_and_counted(monkeypatch, tmp_path):
+    """A loss that is NaN on its first batches leaves the parameters alone."""
+    real = tasks_lib.make
+
+    def poisoned(config, data_dir):
+        task = real(config, data_dir)
+        data = task.train_data.astype(jnp.float32).at[0].set(jnp.nan)
+        return dataclasses.replace(task, train_data=data)
+
+    monkeypatch.setattr(tasks_lib, 'make', poisoned)
+    task = small_task(epochs=3)
+    summary = train.train_and_evaluate(task, config_of('optimizers', 'sonew'), tmp_path)
+    assert summary['notfinite'] == 3  # the batch with the broken row, in each epoch
+    assert np.isfinite(summary['test_loss'])
+
+
+def test_two_tasks_or_optimizers_do_not_share_a_workdir(tmp_path):
+    task, optimizer = small_task(), config_of('optimizers', 'adam')
+    train.train_and_evaluate(task, optimizer, tmp_path, progress=False)
+    optimizer.learning_rate = 0.5
+    task.epochs = 3
+    with pytest.raises(
+        ValueError, match=r'task.epochs: 2 there, 3 given; .*learning_rate: 0.003 th'
+    ):
+        train.train_and_evaluate(task, optimizer, tmp_path, progress=False)
+
+
+BAD_CONFIGS = [
+    (dict(name='autoencodr'), {}, r"task.name must be one of \['autoencoder'\], got 'autoencodr'"),
+    (dict(source='cifar'), {}, r"task.source must be one of .*, got 'cifar'"),
+    (dict(batch_size=0), {}, r'task.batch_size must be in \[1, 256\]'),
+    (dict(batch_size=257), {}, r'task.batch_size must be in \[1, 256\]'),
+    (dict(epochs=0), {}, 'task.epochs must be an integer >= 1, got 0'),
+    (dict(log_every=0), {}, 'task.log_every must be an integer >= 1'),
+    (dict(warmup_epochs=9), {}, 'task.warmup_epochs must be in'),
+    ({}, dict(name='sonnew'), r"optimizer.name must be one of .*'sonew'.*, got 'sonnew'"),
+    ({}, dict(b2=2.0), r'b2 must be in \[0, 1\), got 2.0'),
+]
+
+
+@pytest.mark.parametrize(('task', 'optimizer', 'message'), BAD_CONFIGS)
+def test_bad_config(task, optimizer, message, tmp_path):
+    optimizer_config = config_of('optimizers', 'sonew')
+    optimizer_config.update(optimizer)
+    with pytest.raises(ValueError, match=message):
+        train.train_and_evaluate(small_task(**task), optimizer_config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists(), 'a wrong configuration leaves nothing behind'
+
+
+def test_unknown_keyword_of_an_optimizer(tmp_path):
+    optimizer = config_of('optimizers', 'adam')
+    with optimizer.unlocked():
+        optimizer.momentum = 0.9
+    with pytest.raises(ValueError, match=r"'adam' does not take these keywords: .*momentum"):
+        train.train_and_evaluate(small_task(), optimizer, tmp_path)
+
+
+def test_missing_data(tmp_path):
+    for data_dir in (None, str(tmp_path)):
+        with pytest.raises(FileNotFoundError, match=r"source 'mnist'.* mnist/train-images"):
+            train.train_and_evaluate(
+                small_task(source='mnist'), config_of('optimizers', 'adam'), tmp_path, data_dir
+            )
+
+
+def test_workdir_that_is_a_file(tmp_path):
+    file = tmp_path / 'file'
+    file.write_text('')
+    with pytest.raises(ValueError, match='is a file, a folder is needed'):
+        train.train_and_evaluate(small_task(), config_of('optimizers', 'adam'), file)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (('--task.epoch=3',), 'epoch'),
+        (('--nothing=1',), "Unknown command line flag 'nothing'"),
+        (('extra',), 'unknown arguments: extra'),
+        (('--task=configs/tasks/mnst.py',), 'configs/tasks/mnst.py'),
+        (('--optimizer=configs/optimizers/adm.py',), 'configs/optimizers/adm.py'),
+        (('--task.epochs=many',), 'many'),
+        (('--task.epochs=0',), 'error: task.epochs must be an integer >= 1, got 0'),
+        (('--optimizer.band=7',), 'error: band must be one of 0, 1'),
+    ],
+)
+def test_wrong_flags(arguments, message, tmp_path):
+    done = main(*flags_for(tmp_path / 'run', *arguments))
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+def test_required_flags():
+    done = main('--task=configs/tasks/digits.py')
+    assert done.returncode != 0
+    assert 'optimizer' in done.stderr
+    assert 'workdir' in done.stderr
+
+
+def test_command_line_overrides_reach_the_run(tmp_path):
+    done = main(*flags_for(tmp_path, '--task.epochs=6', '--optimizer.learning_rate=0.5'))
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['task']['epochs'] == 6
+    assert config['optimizer']['learning_rate'] == 0.5
+    assert config['environment']['versions']['jax']
+    assert json.loads(done.stdout.splitlines()[-1])['steps'] == 24
+
+
+def test_drivers_need_only_what_they_use(tmp_path):
+    """Without TFDS, Optuna, matplotlib and the like, training still runs."""
+    absent = ('tensorflow_datasets', 'array_record', 'grain', 'optuna', 'matplotlib', 'sklearn')
+    (tmp_path / 'sitecustomize.py').write_text(
+        'import sys\n' + ''.join(f'sys.modules[{name!r}] = None\n' for name in absent)
+    )
+    environment = {**os.environ, 'PYTHONPATH': f'{tmp_path}:{os.environ.get("PYTHONPATH", "")}'}
+    done = main(*flags_for(tmp_path / 'run', '--task.epochs=5'), env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_sweep_is_resumed_and_sorted(tmp_path):
+    search = config_of('searches', 'learning_rate')
+    arguments = (small_task(), config_of('optimizers', 'adam'), search, tmp_path)
+    trials = sweep.sweep(*arguments)
+    assert len(trials) == 4
+    assert {t['hyperparameters']['learning_rate'] for t in trials} == {1e-3, 2e-3, 3e-3, 5e-3}
+    assert [t['metric'] for t in trials] == sorted(t['metric'] for t in trials)
+    stamps = {f: f.stat().st_mtime_ns for f in tmp_path.glob('*/summary.json')}
+    assert sweep.sweep(*arguments) == trials
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.glob('*/summary.json')} == stamps
+
+
+def test_random_search_stays_in_its_space(tmp_path):
+    search = config_of('searches', 'paper_random')
+    search.trials = 3
+    trials = sweep.sweep(small_task(), config_of('optimizers', 'sonew'), search, tmp_path)
+    assert len({json.dumps(t['hyperparameters']) for t in trials}) == 3
+    for name, axis in search.space.items():
+        for trial in trials:
+            value = trial['hyperparameters'][name]
+            assert axis.low <= (1 - value if axis.get('one_minus') else value) <= axis.high
+
+
+def test_sweep_over_an_unknown_hyperparameter(tmp_path):
+    search = config_of('searches', 'sonew_b2_eps')
+    with pytest.raises(ValueError, match=r"\['b2', 'eps'\], which the optimizer config has not"):
+        sweep.sweep(small_task(), config_of('optimizers', 'sgd'), search, tmp_path)
+
+
+def test_report(tmp_path):
+    for name, rate in (('adam', 1e-3), ('adam', 1e-2), ('sonew', 1e-2)):
+        optimizer = config_of('optimizers', name)
+        optimizer.learning_rate = rate
+        train.train_and_evaluate(
+            small_task(), optimizer, tmp_path / f'{name}{rate}', progress=False
+        )
+    train.train_and_evaluate(
+        small_task(), config_of('optimizers', 'sgd'), tmp_path / 'sgd', stop_after=2
+    )
+    text = report.report([str(tmp_path)], str(tmp_path / 'out' / 'report'))
+    for label in ('adam learning_rate=0.001', 'adam learning_rate=0.01', '| sonew ', 'at step 2'):
+        assert label in text
+    rows = text.splitlines()[2:5]
+    losses = [float(row.split('|')[2]) for row in rows]
+    assert losses == sorted(losses)
+    assert (tmp_path / 'out/report.png').stat().st_size > 10_000
+    assert len(json.loads((tmp_path / 'out/report.json').read_text())) == 4
+    assert (tmp_path / 'out/report.md').read_text().strip() in text
+
+
+def test_report_of_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match='holds no run'):
+        report.find([str(tmp_path)])
+
+
+def test_benchmark_measures_every_optimizer(monkeypatch):
+    results = {'tiny': benchmark.measure({'kernel': (8, 4), 'bias': (4,)}, rounds=2)}
+    assert [row['optimizer'] for row in results['tiny']] == list(benchmark.OPTIMIZERS)
+    assert all(len(row['seconds']) == 2 for row in results['tiny'])
+    per_parameter = {r['optimizer']: r['state_bytes_per_parameter'] for r in results['tiny']}
+    # Two moments of each entry, one off-diagonal of the kernel's 32 of 36, and the step counts.
+    assert per_parameter['adam'] == (2 * 4 * 36 + 4) / 36
+    assert per_parameter['sonew, tridiagonal'] == (2 * 4 * 36 + 4 * 32 + 4) / 36
+    assert '| sonew, tridiagonal ' in benchmark.render(results)
+    shapes = benchmark.autoencoder_shapes()
+    assert sum(int(np.prod(s)) for s in shapes.values()) == 2_837_314
