@@ -1,0 +1,47 @@
+# make demo   sets everything up and trains a small autoencoder with Adam and SONew
+# make test   sets everything up and runs linter, formatter, type checker and tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: demo test lint test-slow benchmark clean
+
+demo: $(VENV)/experiments.stamp
+	rm -rf $(DEMO)
+	@for run in adam sonew_diagonal sonew; do \
+	  case $$run in sonew_diagonal) config="sonew.py --optimizer.band=0";; *) config="$$run.py";; esac; \
+	  echo "training with $$run"; \
+	  $(BIN)/python -m experiments.main --task=configs/tasks/digits.py \
+	    --optimizer=configs/optimizers/$$config --workdir=$(DEMO)/$$run || exit 1; \
+	done
+	@$(BIN)/python -m experiments.report $(DEMO) --output=$(DEMO)/report
+
+test: lint
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m slow
+
+benchmark: $(VENV)/experiments.stamp
+	$(BIN)/python -m experiments.benchmark
+
+clean:
+	rm -rf $(VENV) $(DEMO)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/experiments.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
+	touch $@
+
+$(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[experiments,test]'
+	touch $@

@@ -1,0 +1,65 @@
+"""What the compiler makes of a sharded step: only borders move."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import precond_optax
+
+COLLECTIVES = 'all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter'
+
+
+def collectives(text):
+    """The kinds and the float32 bytes of all collectives of a compiled text."""
+    found = []
+    for result, kind in re.findall(rf'= (\(.*?\)|\S+) ({COLLECTIVES})(?:-start)?\(', text):
+        shapes = re.findall(r'f32\[([\d,]*)\]', result)
+        entries = [jnp.prod(jnp.array([int(d) for d in s.split(',') if d])) for s in shapes]
+        found.append((kind, 4 * int(sum(entries))))
+    return found
+
+
+@pytest.mark.parametrize('order', ['F', 'C'])
+@pytest.mark.parametrize(
+    ('shape', 'spec'),
+    [
+        ((512, 256), P('x', 'y')),
+        ((512, 256), P(('x', 'y'), None)),
+        ((512, 256), P(None, ('x', 'y'))),
+        ((8, 128, 128), P('x', 'y', None)),
+        ((8, 128, 128), P(None, 'x', 'y')),
+    ],
+)
+def test_only_borders_move(shape, spec, order):
+    mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
+    params = jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
+    tx = precond_optax.sonew(1e-3, order=order)
+    state = tx.init(params)
+    assert all(x.sharding == params.sharding for x in jax.tree.leaves(state) if x.ndim)
+    found = collectives(jax.jit(tx.update).lower(params, state, params).compile().as_text())
+    assert {kind for kind, _ in found} == {'collective-permute', 'all-reduce'}
+    shard = NamedSharding(mesh, spec).shard_shape(shape)
+    # The largest face of a shard; an all-reduce carries the two norms of the graft.
+    border = 4 * max(
+        (params.size // mesh.size) // shard[axis]
+        for axis in range(len(shape))
+        if shard[axis] < shape[axis]
+    )
+    assert all(size <= border for kind, size in found if kind == 'collective-permute')
+    assert all(size <= 8 for kind, size in found if kind == 'all-reduce')
+
+
+def test_the_reader_sees_a_gather():
+    """Flattening, as the authors' code does, moves the leaf: the test above would reject it."""
+    mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
+    x = jax.device_put(jnp.ones((512, 256)), NamedSharding(mesh, P('x', 'y')))
+
+    def flattened(x):
+        return jnp.roll(x.reshape(-1, order='F'), 1).reshape(x.shape, order='F')
+
+    found = collectives(jax.jit(flattened).lower(x).compile().as_text())
+    assert sum(size for _, size in found) > 100_000
