@@ -94,33 +94,10 @@ def leafwise(
       An ``optax.GradientTransformationExtraArgs`` that ignores unknown extra arguments.
     """
     layout_lib.check(layout)
+    names = tuple(n for n in state_type._fields if n not in ('count', 'graft'))  # type: ignore[attr-defined]
     has_graft = 'graft' in state_type._fields  # type: ignore[attr-defined]
-    names = [f for f in state_type._fields if f not in ('count', 'graft')]  # type: ignore[attr-defined]
-    depth = dict(stacked or {})
-    magnitude_rule = optax.with_extra_args_support(optax.identity() if graft is None else graft)
-
-    def to_trees(per_leaf: list[Fields], treedef: Any) -> Fields:
-        trees: Fields = {}
-        for name in names:
-            values = [fields[name] for fields in per_leaf]
-            if name in depth:
-                trees[name] = tuple(
-                    treedef.unflatten([v[k] for v in values]) for k in range(depth[name])
-                )
-            else:
-                trees[name] = treedef.unflatten(values)
-        return trees
-
-    def to_leaves(state: Any, treedef: Any) -> list[Fields]:
-        columns = {}
-        for name in names:
-            value = getattr(state, name)
-            if name in depth:
-                parts = [treedef.flatten_up_to(tree) for tree in value]
-                columns[name] = [tuple(p[i] for p in parts) for i in range(treedef.num_leaves)]
-            else:
-                columns[name] = treedef.flatten_up_to(value)
-        return [{n: columns[n][i] for n in names} for i in range(treedef.num_leaves)]
+    depth = {name: (stacked or {}).get(name) for name in names}
+    rule = optax.with_extra_args_support(optax.identity() if graft is None else graft)
 
     def init(params: optax.Params) -> Any:
         leaves, layouts, treedef = _leaves(params, layout)
@@ -128,39 +105,56 @@ def leafwise(
         if records is not None and describe is not None:
             records.extend(Record(facts, describe(facts)) for facts in layouts)
         per_leaf = [init_leaf(leaf, facts) for leaf, facts in zip(leaves, layouts, strict=True)]
-        trees = to_trees(per_leaf, treedef)
-        if has_graft:
-            trees['graft'] = magnitude_rule.init(params)
-        return state_type(count=jnp.zeros([], jnp.int32), **trees)
+        others = {'graft': rule.init(params)} if has_graft else {}
+        trees = _to_trees(per_leaf, depth, treedef)
+        return state_type(count=jnp.zeros([], jnp.int32), **others, **trees)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        leaves, layouts, treedef = _leaves(updates, layout)
+        grads, layouts, treedef = _leaves(updates, layout)
         count = optax.safe_increment(state.count)
-        others: Fields = {'count': count}
+        per_leaf, others = _to_leaves(state, depth, treedef), {}
+        wide = [_cast(f, facts.compute_dtype) for f, facts in zip(per_leaf, layouts, strict=True)]
         if has_graft:
-            tree, others['graft'] = magnitude_rule.update(
-                updates, state.graft, params, **extra_args
+            tree, others['graft'] = rule.update(updates, state.graft, params, **extra_args)
+            for fields, facts, own in zip(wide, layouts, treedef.flatten_up_to(tree), strict=True):
+                fields['graft'] = own.astype(facts.compute_dtype)
+        directions = []
+        for i, (grad, facts) in enumerate(zip(grads, layouts, strict=True)):
+            direction, changed = update_leaf(
+                grad.astype(facts.compute_dtype), state_type(count=count, **wide[i]), facts
             )
-            magnitudes = treedef.flatten_up_to(tree)
-        else:
-            magnitudes = [None] * len(leaves)
-        directions, per_leaf = [], []
-        for grad, fields, facts, magnitude in zip(
-            leaves, to_leaves(state, treedef), layouts, magnitudes, strict=True
-        ):
-            wide = _cast(fields, facts.compute_dtype)
-            if has_graft:
-                wide['graft'] = _cast(magnitude, facts.compute_dtype)
-            leaf_state = state_type(count=count, **wide)
-            direction, changed = update_leaf(grad.astype(facts.compute_dtype), leaf_state, facts)
             directions.append(direction.astype(grad.dtype))
-            per_leaf.append({**fields, **_cast_like(changed, fields)})
-        trees = to_trees(per_leaf, treedef)
-        return treedef.unflatten(directions), state_type(**others, **trees)
+            per_leaf[i].update(_cast_like(changed, per_leaf[i]))
+        trees = _to_trees(per_leaf, depth, treedef)
+        return treedef.unflatten(directions), state_type(count=count, **others, **trees)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _to_trees(per_leaf: list[Fields], depth: Mapping[str, int | None], treedef: Any) -> Fields:
+    """From the leaves' fields to fields that are trees, or tuples of trees where stacked."""
+
+    def tree(name: str, k: int | None) -> Any:
+        return treedef.unflatten([f[name] if k is None else f[name][k] for f in per_leaf])
+
+    return {
+        name: tree(name, None) if count is None else tuple(tree(name, k) for k in range(count))
+        for name, count in depth.items()
+    }
+
+
+def _to_leaves(state: Any, depth: Mapping[str, int | None], treedef: Any) -> list[Fields]:
+    """The inverse of ``_to_trees``."""
+    per_leaf: list[Fields] = [{} for _ in range(treedef.num_leaves)]
+    for name, count in depth.items():
+        field = getattr(state, name)
+        columns = [treedef.flatten_up_to(tree) for tree in ((field,) if count is None else field)]
+        for i, fields in enumerate(per_leaf):
+            values = tuple(column[i] for column in columns)
+            fields[name] = values[0] if count is None else values
+    return per_leaf
 
 
 def _cast(tree: Any, dtype: jnp.dtype) -> Any:

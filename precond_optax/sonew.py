@@ -39,8 +39,8 @@ def _edge_tolerance(stats_dtype: jnp.dtype) -> float:
 
 def scale_by_sonew(
     b1: Scalar = 0.9,
-    b2: Scalar = 0.95,
-    eps: Scalar = 1e-6,
+    b2: Scalar = 0.9,
+    eps: Scalar = 1e-4,
     *,
     band: int = 1,
     order: str = 'F',
@@ -152,8 +152,8 @@ def scale_by_sonew(
 def sonew(
     learning_rate: optax.ScalarOrSchedule,
     b1: Scalar = 0.9,
-    b2: Scalar = 0.95,
-    eps: Scalar = 1e-6,
+    b2: Scalar = 0.9,
+    eps: Scalar = 1e-4,
     *,
     band: int = 1,
     order: str = 'F',
@@ -193,7 +193,10 @@ def sonew(
       learning_rate: the step size, a number or a schedule.
       b1: decay of the mean of the gradients, in [0, 1).
       b2: decay of the second moment, in [0, 1).
-      eps: added to the diagonal, in units of squared gradients, >= 0.
+      eps: added to the diagonal, in units of squared gradients, >= 0. The default is the
+        autoencoder's, whose loss is a sum over 784 pixels; a loss c times as large wants an eps
+        c^2 times as large. Far above the squared gradients it leaves the mean of the gradients
+        as the direction.
       band: off-diagonals kept: 0 (diagonal) or 1 (tridiagonal). Not traceable: with
         ``optax.inject_hyperparams`` pass ``static_args=('band',)``.
       order: along which axis the chain runs first. 'F': the first, so along the inputs of one

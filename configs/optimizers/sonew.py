@@ -9,8 +9,8 @@ def get_config() -> config_dict.ConfigDict:
             name='sonew',
             learning_rate=3e-3,
             b1=0.9,
-            b2=0.95,
-            eps=1e-6,
+            b2=0.9,
+            eps=1e-4,
             band=1,
             weight_decay=0.0,
         )
