@@ -37,7 +37,7 @@ def _edge_tolerance(stats_dtype: jnp.dtype) -> float:
     return decided.get(stats_dtype.name, float(jnp.finfo(stats_dtype).eps))
 
 
-def scale_by_sonew(
+def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     b1: Scalar = 0.9,
     b2: Scalar = 0.9,
     eps: Scalar = 1e-4,
@@ -51,20 +51,14 @@ def scale_by_sonew(
     stats_dtype: Any | None = None,
     layout: layout_lib.Layout = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction of SONew, without sign and learning rate; see `sonew`.
+    """The direction of SONew, to be subtracted; no learning rate and no weight decay.
+
+    The math is in `sonew`. The direction has the shapes and dtypes of the gradients, and the
+    units of the grafting rule's: none for Adam's.
 
     Args:
-      b1: as in `sonew`, like all that follow.
-      b2: see `sonew`.
-      eps: see `sonew`.
-      band: see `sonew`.
-      order: see `sonew`.
-      edge_tolerance: see `sonew`.
-      relative_eps: see `sonew`.
-      graft: see `sonew`.
-      mu_dtype: see `sonew`.
-      stats_dtype: see `sonew`.
-      layout: see `sonew`.
+      b1, b2, eps, band, order, edge_tolerance, relative_eps, graft, mu_dtype, stats_dtype, layout:
+        as in `sonew`, with the same defaults.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state `ScaleBySonewState`.
@@ -75,7 +69,13 @@ def scale_by_sonew(
     Example:
       >>> import jax.numpy as jnp, optax, precond_optax
       >>> tx = optax.chain(precond_optax.scale_by_sonew(), optax.scale(-1e-3))
-      >>> state = tx.init({'kernel': jnp.ones((3, 2))})
+      >>> params = {'kernel': jnp.ones((3, 2)), 'bias': jnp.ones(2)}
+      >>> updates, state = tx.update(params, tx.init(params))
+      >>> print(optax.tree.norm(updates['bias']) < 2e-3)
+      True
+
+    References:
+      See `sonew`.
     """
     checks.in_range('b1', b1, 0, 1)
     checks.in_range('b2', b2, 0, 1)

@@ -9,10 +9,10 @@ def get_config() -> config_dict.ConfigDict:
     config = autoencoder.get_config()
     config.update(
         source='digits',
-        hidden=(128, 64, 12, 64, 128),
+        hidden=(256, 128, 64, 16, 64, 128, 256),
         batch_size=128,
-        epochs=60,
-        log_every=30,
-        checkpoint_every_epochs=10,
+        epochs=20,
+        log_every=12,  # an epoch
+        checkpoint_every_epochs=5,
     )
     return config
