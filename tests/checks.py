@@ -4,14 +4,12 @@ shows that each rejects a transformation broken on purpose.
 """
 
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -220,11 +218,16 @@ def masked_and_partitioned_leaves_are_left_alone(case: Case):
 
 
 def chained_with_clipping(case: Case):
-    params = random_tree(0)
-    tx = optax.chain(optax.clip_by_global_norm(1e-3), case.make(), optax.scale(2.0))
-    updates, _ = run(tx, params)
-    assert types(updates) == types(params)
-    assert any(np.any(u) for u in jax.tree.leaves(updates))
+    params, tx, clip = random_tree(0), case.make(), optax.clip_by_global_norm(1e-1)
+    chained = optax.chain(clip, tx, optax.scale(2.0))
+    update = jax.jit(chained.update)
+    state, alone = chained.init(params), tx.init(params)
+    for step in range(3):
+        grads = random_tree(step)
+        updates, state = update(grads, state, params)
+        clipped, _ = clip.update(grads, clip.init(params))
+        expected, alone = jax.jit(tx.update)(clipped, alone, params)
+    assert_close(updates, jax.tree.map(lambda u: 2 * u, expected), rtol=1e-4, atol=1e-5)
 
 
 def nan_is_left_to_apply_if_finite(case: Case):
@@ -374,11 +377,27 @@ def donated_state_is_not_needed_again(case: Case):
 
 
 def schedule_free_wraps_it(case: Case):
-    params = random_tree(0)
-    tx = optax.contrib.schedule_free(case.make(), learning_rate=case.learning_rate, b1=0.9)
-    updates, state = run(tx, params)
-    assert types(updates) == types(params)
-    assert types(optax.contrib.schedule_free_eval_params(state, params)) == types(params)
+    target = random_tree(3, shapes={'matrix': (3, 4), 'vector': (3,)})
+
+    def loss(params, shift):
+        return sum(jnp.sum((params[k] - target[k] - shift[k]) ** 2) for k in target)
+
+    # Its interpolation takes the place of the momentum.
+    tx = optax.contrib.schedule_free(case.make(0.05, b1=0.0), learning_rate=0.05, b1=0.9)
+
+    def step(carry, key):
+        # Noise, as of minibatches: without it the second moment has rank one.
+        params, state = carry
+        noise = optax.tree.random_like(key, target)
+        updates, state = tx.update(jax.grad(loss)(params, noise), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = jax.tree.map(jnp.zeros_like, target)
+    keys = jax.random.split(jax.random.key(0), 1000)
+    (params, state), _ = jax.lax.scan(step, (start, tx.init(start)), keys)
+    params = optax.contrib.schedule_free_eval_params(state, params)
+    assert types(params) == types(target)
+    assert loss(params, start) < 0.1 * loss(start, start)
 
 
 def sharded_leaves_keep_their_sharding(case: Case):
@@ -428,9 +447,13 @@ def wrong_leaves_are_named(case: Case):
     if not case.real_only:
         return
     for dtype in ('int32', 'complex64'):
-        params = {'layer': {'kernel': jnp.zeros((2, 2), dtype)}}
-        with pytest.raises(ValueError, match=f'layer/kernel: .* {dtype}'):
-            case.make().init(params)
+        message = ''
+        try:
+            case.make().init({'layer': {'kernel': jnp.zeros((2, 2), dtype)}})
+        except ValueError as error:
+            message = str(error)
+        assert 'layer/kernel' in message, message or f'{dtype} was taken'
+        assert dtype in message
 
 
 def it_converges_on_matrices(case: Case):
@@ -456,4 +479,3 @@ ALL = [
     for name, check in list(globals().items())
     if callable(check) and getattr(check, '__annotations__', {}).get('case') is Case
 ]
-logging.getLogger('jax').setLevel(logging.WARNING)
