@@ -59,6 +59,11 @@ def float_dtype(name: str, value: Any) -> None:
     """Raises ``ValueError`` unless ``value`` is None or a real floating dtype."""
     if value is None:
         return
+    if isinstance(value, (jax.Array, np.ndarray)):
+        raise ValueError(
+            f'{name} must be None or a floating dtype, got {value!r}. optax.inject_hyperparams '
+            f"takes a dtype for a schedule and calls it: pass static_args=('{name}',)."
+        )
     try:
         is_float = jax.numpy.issubdtype(jax.numpy.dtype(value), jax.numpy.floating)
     except TypeError:

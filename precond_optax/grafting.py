@@ -50,10 +50,17 @@ def check(graft: Graft) -> None:
 def transformation(
     graft: Graft, b2: Scalar, layout: layout_lib.Layout
 ) -> optax.GradientTransformation | None:
-    """The rule as a transformation of its own; None if it needs only what the method has."""
+    """The rule as a transformation of its own; None if it needs only what the method has.
+
+    It sees, and has state for, the preconditioned leaves only.
+    """
     if graft == 'rmsprop_normalized':
-        return scale_by_normalized_rms(b2, layout=layout)
-    return None if graft is None or isinstance(graft, str) else graft
+        rule: Any = scale_by_normalized_rms(b2, layout=layout)
+    elif graft is None or isinstance(graft, str):
+        return None
+    else:
+        rule = graft
+    return optax.masked(rule, lambda tree: leafwise.preconditioned(tree, layout))
 
 
 def adam_direction(mu_hat: jax.Array, nu_hat: jax.Array) -> jax.Array:
@@ -90,8 +97,7 @@ def rescale(direction: jax.Array, magnitude: jax.Array, axes: Sequence[int]) -> 
       [6.0, 8.0]
     """
     size = norm(direction, axes)
-    ratio = norm(magnitude, axes) / jnp.where(size > 0, size, 1)
-    return direction * jnp.where(size > 0, ratio, 0)
+    return direction * (norm(magnitude, axes) / jnp.where(size > 0, size, 1))
 
 
 class ScaleByNormalizedRmsState(NamedTuple):

@@ -6,7 +6,7 @@ trace; nothing of them is in the state.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -117,20 +117,28 @@ def _rule_for(path: str, leaf: jax.ShapeDtypeStruct, layout: Layout) -> tuple[Le
     return (LeafRule(), '') if given is None else (given, 'layout function')
 
 
+def unmatched_rules(layouts: Iterable[LeafLayout], layout: Layout) -> list[str]:
+    """The patterns that no leaf's path matches: most often a slip of the pen."""
+    if not isinstance(layout, Mapping):
+        return []
+    paths = [facts.path for facts in layouts]
+    return [p for p in layout if not any(re.search(p, path) for path in paths)]
+
+
 def leaf_layout(path: str, leaf: Any, layout: Layout) -> LeafLayout:
     """The static facts of one leaf.
 
     Args:
       path: the leaf's path.
-      leaf: anything with a shape and a dtype.
+      leaf: an array, a ``ShapeDtypeStruct`` or a number.
       layout: the user's rules.
 
     Returns:
       The leaf's ``LeafLayout``.
 
     Raises:
-      ValueError: if the leaf is not of a real floating dtype, or has fewer axes than its rule
-        says.
+      ValueError: if the leaf is not of a real floating dtype of 16 bits or more, or has fewer
+        axes than its rule says.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -138,11 +146,12 @@ def leaf_layout(path: str, leaf: Any, layout: Layout) -> LeafLayout:
       >>> leaf_layout('blocks/kernel', leaf, {'^blocks/': LeafRule(batch_axes=1)}).axes
       (1, 2)
     """
-    shape, dtype = tuple(leaf.shape), jnp.dtype(leaf.dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
+    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+    # Eight-bit floats take no part in JAX's promotion: cast them before the optimizer.
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
         raise ValueError(
-            f'{path}: leaves must be of a real floating dtype, got {dtype.name} of shape {shape}. '
-            'Leave other leaves out with optax.masked or optax.partition.'
+            f'{path}: leaves must be of a real floating dtype of 16 bits or more, got '
+            f'{dtype.name} of shape {shape}. Leave others out by optax.masked or optax.partition.'
         )
     rule, source = _rule_for(path, jax.ShapeDtypeStruct(shape, dtype), layout)
     ndim = len(shape) - rule.batch_axes

@@ -26,10 +26,10 @@ Path = tuple[Any, ...]
 
 
 class Record(NamedTuple):
-    """What `plan` is told about a leaf while a transformation's ``init`` is traced."""
+    """What one transformation says in its ``init``, for `plan`."""
 
-    layout: LeafLayout
-    treatment: str
+    leaves: list[tuple[LeafLayout, str]]  # each leaf's layout and treatment
+    unmatched: list[str]  # the rules that no leaf matches
 
 
 _records: contextvars.ContextVar[list[Record] | None] = contextvars.ContextVar(
@@ -38,12 +38,11 @@ _records: contextvars.ContextVar[list[Record] | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Record]]:
-    """Collects a ``Record`` for each leaf that a leafwise ``init`` sees inside the block."""
-    records: list[Record] = []
+def recording(records: list[Record] | None) -> Iterator[None]:
+    """Collects into ``records`` what each leafwise ``init`` inside the block says; None: not."""
     token = _records.set(records)
     try:
-        yield records
+        yield
     finally:
         _records.reset(token)
 
@@ -63,6 +62,12 @@ def _leaves(tree: Any, layout: layout_lib.Layout) -> tuple[list[Any], list[LeafL
     return leaves, layouts, treedef
 
 
+def preconditioned(tree: Any, layout: layout_lib.Layout) -> Any:
+    """For each leaf of a tree, whether it is preconditioned: a mask for ``optax.masked``."""
+    _, layouts, treedef = _leaves(tree, layout)
+    return treedef.unflatten([facts.precondition for facts in layouts])
+
+
 def leafwise(
     state_type: type,
     init_leaf: Callable[[Any, LeafLayout], Fields],
@@ -71,7 +76,7 @@ def leafwise(
     layout: layout_lib.Layout,
     stacked: Mapping[str, int] | None = None,
     graft: optax.GradientTransformation | None = None,
-    describe: Callable[[LeafLayout], str] | None = None,
+    describe: Callable[[LeafLayout], str] = lambda facts: '',
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation of trees from an init and an update of one leaf.
 
@@ -88,7 +93,7 @@ def leafwise(
       layout: the user's rules.
       stacked: fields that are tuples of trees, each like the parameters', and how many.
       graft: the grafting rule; its updates reach ``update_leaf``. None: the gradient does.
-      describe: what a leaf gets, for `plan`; None: not in the plan.
+      describe: what a leaf gets, for `plan`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` that ignores unknown extra arguments.
@@ -102,10 +107,12 @@ def leafwise(
     def init(params: optax.Params) -> Any:
         leaves, layouts, treedef = _leaves(params, layout)
         records = _records.get()
-        if records is not None and describe is not None:
-            records.extend(Record(facts, describe(facts)) for facts in layouts)
+        if records is not None:
+            unmatched = layout_lib.unmatched_rules(layouts, layout)
+            records.append(Record([(facts, describe(facts)) for facts in layouts], unmatched))
         per_leaf = [init_leaf(leaf, facts) for leaf, facts in zip(leaves, layouts, strict=True)]
-        others = {'graft': rule.init(params)} if has_graft else {}
+        with recording(None):  # a grafting rule of ours is no treatment of its own
+            others = {'graft': rule.init(params)} if has_graft else {}
         trees = _to_trees(per_leaf, depth, treedef)
         return state_type(count=jnp.zeros([], jnp.int32), **others, **trees)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from precond_optax import leafwise
+from precond_optax.layout import LeafLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +42,12 @@ class Plan:
     Attributes:
       leaves: one `LeafPlan` for each leaf of the parameters.
       shared_bytes: bytes of state that belong to no leaf, such as step counts.
+      unmatched_rules: rules of a ``layout`` that match no leaf.
     """
 
     leaves: tuple[LeafPlan, ...]
     shared_bytes: int
+    unmatched_rules: tuple[str, ...] = ()
 
     @property
     def state_bytes(self) -> int:
@@ -83,11 +86,12 @@ class Plan:
         rule = '-' * max(map(len, lines))
         lines[1:1] = [rule]
         lines[-1:-1] = [rule]
+        lines += [f'no leaf matches the rule {pattern!r}' for pattern in self.unmatched_rules]
         return '\n'.join(lines)
 
 
 def _bytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+    return math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize
 
 
 def plan(tx: optax.GradientTransformation, params: optax.Params) -> Plan:
@@ -97,7 +101,8 @@ def plan(tx: optax.GradientTransformation, params: optax.Params) -> Plan:
     the very transformation you train with, chained, masked or partitioned as it is.
 
     Args:
-      tx: any Optax transformation; those of this package say what they do with a leaf.
+      tx: a transformation that ``optax.tree.map_params`` takes, which is nearly any; those of
+        this package say what they do with a leaf.
       params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
@@ -117,10 +122,14 @@ def plan(tx: optax.GradientTransformation, params: optax.Params) -> Plan:
     treedef: Any
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [leafwise.path_string(path) for path, _ in with_paths]
-    with leafwise.recording() as records:
+    records: list[leafwise.Record] = []
+    with leafwise.recording(records):
         # A function made here: a cached trace of `tx.init` would record nothing.
         state = jax.eval_shape(lambda tree: tx.init(tree), params)
-    said = {record.layout.path: record for record in records}
+    said: dict[str, list[tuple[LeafLayout, str]]] = {path: [] for path in paths}
+    for record in records:
+        for facts, treatment in record.leaves:
+            said[facts.path].append((facts, treatment))
     cost = dict.fromkeys(paths, 0)
 
     def add(leaf: Any, path: str) -> Any:
@@ -138,16 +147,16 @@ def plan(tx: optax.GradientTransformation, params: optax.Params) -> Plan:
     total = sum(_bytes(leaf) for leaf in jax.tree.leaves(state))
     leaves = []
     for path, (_, leaf) in zip(paths, with_paths, strict=True):
-        record = said.get(path)
         leaves.append(
             LeafPlan(
                 path=path,
-                shape=tuple(leaf.shape),
-                dtype=jnp.dtype(leaf.dtype).name,
-                treatment=record.treatment if record else 'not ours',
-                reason=record.layout.reason if record else '',
+                shape=jnp.shape(leaf),
+                dtype=jnp.result_type(leaf).name,
+                treatment=' + '.join(text for _, text in said[path]) or 'not ours',
+                reason=' + '.join(facts.reason for facts, _ in said[path]),
                 state_bytes=cost[path],
                 adam_bytes=2 * _bytes(leaf),
             )
         )
-    return Plan(tuple(leaves), total - sum(cost.values()))
+    unmatched = tuple(pattern for record in records for pattern in record.unmatched)
+    return Plan(tuple(leaves), total - sum(cost.values()), unmatched)

@@ -186,6 +186,10 @@ def sonew(
     by default Adam's, leaf by leaf. A learning rate found for Adam carries over. Leaves with
     one axis or none (biases, norms) get Adam's direction.
 
+    While the gradients seen so far are few or nearly the same, :math:`H` is nearly singular
+    and a few entries of a leaf can get most of its update: warm the learning rate up, or raise
+    ``eps`` or ``relative_eps``.
+
     State beside the parameters: ``2 + band`` arrays of each preconditioned leaf's shape; Adam
     has 2. ``precond_optax.plan`` lists it before anything is allocated.
 
@@ -197,8 +201,9 @@ def sonew(
         autoencoder's, whose loss is a sum over 784 pixels; a loss c times as large wants an eps
         c^2 times as large. Far above the squared gradients it leaves the mean of the gradients
         as the direction.
-      band: off-diagonals kept: 0 (diagonal) or 1 (tridiagonal). Not traceable: with
-        ``optax.inject_hyperparams`` pass ``static_args=('band',)``.
+      band: off-diagonals kept: 0 (diagonal) or 1 (tridiagonal). With
+        ``optax.inject_hyperparams`` all floats may be traced; pass ``static_args=('band',)`` and
+        there also name mu_dtype, stats_dtype, a layout function or a mask, where you give one.
       order: along which axis the chain runs first. 'F': the first, so along the inputs of one
         output neuron of a Flax kernel, and on to the next neuron. 'C': the last.
       edge_tolerance: an edge of the chain whose Schur complement is not above this share of the

@@ -53,6 +53,12 @@ def test_compute_dtype():
         assert facts((2, 2), dtype='float64').compute_dtype == 'float64'
 
 
+def test_numbers_are_scalars_and_eight_bit_floats_are_refused():
+    assert layout_lib.leaf_layout('x', 1.5, None).shape == ()
+    with pytest.raises(ValueError, match=r'block/kernel: .* 16 bits or more, got float8_e4m3fn'):
+        facts((2, 2), dtype='float8_e4m3fn')
+
+
 def test_too_many_batch_axes():
     with pytest.raises(ValueError, match=r"block/kernel: rule '' .* \(2, 3\): at most 2 batch"):
         facts((2, 3), {'': LeafRule(batch_axes=3)})

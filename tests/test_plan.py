@@ -65,6 +65,27 @@ def test_inside_wrappers():
     assert table.state_bytes == real_bytes(tx, PARAMS)
 
 
+def test_two_of_ours_on_a_leaf_are_both_named():
+    tx = optax.chain(precond_optax.scale_by_sonew(band=0), precond_optax.scale_by_sonew())
+    leaf = precond_optax.plan(tx, {'k': jnp.zeros((3, 2))}).leaves[0]
+    assert leaf.treatment == 'diagonal, 1 x 6, order F + tridiagonal, 1 x 6, order F'
+    tx = precond_optax.scale_by_sonew(graft=precond_optax.scale_by_sonew(band=0))
+    leaf = precond_optax.plan(tx, {'k': jnp.zeros((3, 2))}).leaves[0]
+    assert leaf.treatment == 'tridiagonal, 1 x 6, order F'
+
+
+def test_rules_that_match_nothing_are_named():
+    layout = {'embeding': LeafRule(precondition=False), **LAYOUT}
+    table = precond_optax.plan(precond_optax.sonew(1e-3, layout=layout), PARAMS)
+    assert table.unmatched_rules == ('embeding',)
+    assert str(table).endswith("no leaf matches the rule 'embeding'")
+
+
+def test_state_with_random_keys():
+    tx = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), precond_optax.sonew(1e-3))
+    assert precond_optax.plan(tx, {'k': jnp.zeros((3, 2))}).shared_bytes == 8 + 4 + 4
+
+
 def test_asking_twice_gives_the_same_plan():
     tx = precond_optax.sonew(1e-3)
     assert precond_optax.plan(tx, PARAMS) == precond_optax.plan(tx, PARAMS)

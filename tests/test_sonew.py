@@ -74,7 +74,7 @@ def test_graft_by_a_transformation_takes_its_norm(rng):
     updates, state = directions(precond_optax.scale_by_sonew(graft=rule), grads)
     magnitudes, _ = directions(rule, grads)
     np.testing.assert_allclose(jnp.linalg.norm(updates), jnp.linalg.norm(magnitudes), rtol=1e-5)
-    assert isinstance(state.graft, optax.ScaleByLionState)
+    assert isinstance(state.graft.inner_state, optax.ScaleByLionState)
 
 
 def test_graft_sees_the_parameters_and_extra_arguments():
@@ -90,6 +90,15 @@ def test_graft_sees_the_parameters_and_extra_arguments():
     tx.update(params, tx.init(params), params, value=3.0)
     assert seen['value'] == 3.0
     assert seen['params'] is params
+
+
+def test_graft_has_no_state_for_leaves_that_it_does_not_serve():
+    params = {'kernel': jnp.zeros((3, 2)), 'bias': jnp.zeros(2)}
+    for graft in ('rmsprop_normalized', optax.scale_by_rms()):
+        state = precond_optax.scale_by_sonew(graft=graft).init(params)
+        nu = optax.tree.get(state.graft, 'nu')
+        assert nu['kernel'].shape == (3, 2)
+        assert nu['bias'] == optax.MaskedNode()
 
 
 def test_relative_eps_and_edge_tolerance_reach_the_kernel(rng):
@@ -198,6 +207,10 @@ def test_any_scale_is_finite(rng, scale):
     grads = [jnp.asarray(scale * rng.normal(size=(4, 3)), 'float32') for _ in range(3)]
     updates, _ = directions(precond_optax.scale_by_sonew(), grads)
     assert np.all(np.isfinite(updates))
+    if scale != 1e25:  # whose squares overflow float32: zero, as Adam's update
+        adam, _ = directions(optax.scale_by_adam(b2=0.9), grads)
+        if scale != 1e-30:  # whose squares underflow in the norm
+            np.testing.assert_allclose(np.linalg.norm(updates), np.linalg.norm(adam), rtol=1e-4)
 
 
 @pytest.mark.parametrize('eps', [0.0, 1e-6])
@@ -270,6 +283,16 @@ def test_bad_leaf_is_named(dtype):
     params = {'layer': [{'kernel': jnp.zeros((2, 2))}, {'index': jnp.zeros((2, 3), dtype)}]}
     with pytest.raises(ValueError, match=rf'layer/1/index: .* got {dtype} of shape \(2, 3\)'):
         precond_optax.sonew(1e-3).init(params)
+
+
+@pytest.mark.parametrize('name', ['mu_dtype', 'stats_dtype'])
+def test_injected_dtype_says_what_to_do(name):
+    inject = optax.inject_hyperparams(precond_optax.sonew, static_args=('band',))
+    with pytest.raises(ValueError, match=rf"pass static_args=\('{name}',\)"):
+        inject(1e-3, **{name: jnp.bfloat16}).init(jnp.zeros((2, 2)))
+    inject = optax.inject_hyperparams(precond_optax.sonew, static_args=('band', name))
+    state = inject(1e-3, **{name: jnp.bfloat16}).init(jnp.zeros((2, 2)))
+    assert 'bfloat16' in {x.dtype.name for x in jax.tree.leaves(state.inner_state)}
 
 
 def test_traced_band_says_what_to_do():
