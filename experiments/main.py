@@ -28,7 +28,7 @@ def refuse_arguments(argv: list[str]) -> None:
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """Wrong input ends the program with its message, without a traceback."""
+    """Around the checks of the inputs: a wrong one ends the program without a traceback."""
     logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of every save
     try:
         yield
@@ -41,8 +41,8 @@ def main(argv: list[str]) -> None:
     refuse_arguments(argv)
     flag = flags.FLAGS
     with clear_errors():
-        summary = train.train_and_evaluate(flag.task, flag.optimizer, flag.workdir, flag.data_dir)
-    print(json.dumps(summary))
+        experiment = train.prepare(flag.task, flag.optimizer, flag.workdir, flag.data_dir)
+    print(json.dumps(train.train(experiment)))
 
 
 if __name__ == '__main__':

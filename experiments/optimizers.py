@@ -1,5 +1,7 @@
 """From an optimizer config to an Optax transformation."""
 
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,13 +35,15 @@ def make(
       The transformation.
 
     Raises:
-      ValueError: if the name or a keyword is unknown.
+      ValueError: if the name or a keyword is unknown, or the learning rate is no number >= 0.
     """
     arguments = dict(config)
     name = arguments.pop('name', None)
     if name not in FACTORIES:
         raise ValueError(f'optimizer.name must be one of {sorted(FACTORIES)}, got {name!r}.')
-    peak = arguments.pop('learning_rate')
+    peak = arguments.pop('learning_rate', None)
+    if not isinstance(peak, numbers.Real) or isinstance(peak, bool) or not 0 <= peak < math.inf:
+        raise ValueError(f'optimizer.learning_rate must be a number >= 0, got {peak!r}.')
     try:
         return FACTORIES[name](learning_rate=schedule(peak), **arguments)
     except TypeError as error:

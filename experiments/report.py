@@ -8,6 +8,7 @@ listed with the step they reached.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from experiments import main as main_lib
+from experiments import workdir
 
 _OUTPUT = flags.DEFINE_string('output', 'report', 'Path of the report, without ending.')
 
@@ -34,25 +36,28 @@ def find(folders: Sequence[str]) -> list[pathlib.Path]:
     Raises:
       FileNotFoundError: if a folder has none.
     """
-    found = []
+    found: dict[pathlib.Path, None] = {}  # an ordered set
     for folder in map(pathlib.Path, folders):
-        below = sorted(file.parent for file in folder.rglob('config.json'))
+        below = sorted(file.parent.resolve() for file in folder.rglob('config.json'))
         if not below:
             raise FileNotFoundError(f'{folder} holds no run: no config.json is in or below it.')
-        found.extend(below)
-    return found
+        found.update(dict.fromkeys(below))
+    return list(found)
 
 
-def load(workdirs: Sequence[pathlib.Path]) -> list[Run]:
+def load(folders: Sequence[pathlib.Path]) -> list[Run]:
     """The runs, labelled by their optimizer and by what tells them apart."""
-    configs = [json.loads((folder / 'config.json').read_text()) for folder in workdirs]
+    configs = [json.loads((folder / 'config.json').read_text()) for folder in folders]
     labels = _labels(configs)
+    labels = [
+        f'{label} ({folder.name})' if labels.count(label) > 1 else label
+        for folder, label in zip(folders, labels, strict=True)
+    ]
     runs = []
-    for folder, config, label in zip(workdirs, configs, labels, strict=True):
-        log, end = folder / 'metrics.jsonl', folder / 'summary.json'
-        lines = log.read_text().splitlines() if log.exists() else []
+    for folder, config, label in zip(folders, configs, labels, strict=True):
+        end = folder / 'summary.json'
         summary = json.loads(end.read_text()) if end.exists() else {}
-        runs.append(Run(label, config, [json.loads(line) for line in lines], summary))
+        runs.append(Run(label, config, workdir.read_metrics(folder), summary))
     return runs
 
 
@@ -81,18 +86,24 @@ def _labels(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    return f'{value:.3g}' if isinstance(value, float) else str(value)
+    return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def by_loss(runs: Sequence[Run]) -> list[Run]:
+    """Best final loss first; then runs that left the numbers behind; then unfinished ones."""
+
+    def key(run: Run) -> tuple[bool, float]:
+        loss = run.summary.get('train_loss')
+        return not run.summary, math.inf if loss is None else loss
+
+    return sorted(runs, key=key)
 
 
 def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Header and rows, best final loss first, unfinished runs last."""
     header = ['run', 'train loss', 'test loss', 'seconds', 'steps/s', 'state bytes', 'skipped']
-
-    def key(run: Run) -> float:
-        return run.summary.get('train_loss', float('inf'))
-
     rows = []
-    for run in sorted(runs, key=key):
+    for run in by_loss(runs):
         end = run.summary
         if not end:
             step = run.metrics[-1]['step'] if run.metrics else 0
@@ -101,8 +112,10 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 run.label,
-                f'{end["train_loss"]:.3f}',
-                f'{end["test_loss"]:.3f}',
+                *(
+                    'nan' if end[k] is None else f'{end[k]:.3f}'
+                    for k in ('train_loss', 'test_loss')
+                ),
                 f'{end["seconds"]:.1f}',
                 f'{end["steps_per_second"]:.1f}',
                 f'{end["state_bytes"]:,}',
@@ -135,13 +148,14 @@ def plot(runs: Sequence[Run], file: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout='constrained')
-    ordered = sorted(runs, key=lambda run: run.summary.get('train_loss', float('inf')))
-    for run in (run for run in ordered if run.metrics):
-        loss = [row['loss'] for row in run.metrics]
+    for run in (run for run in by_loss(runs) if run.metrics):
+        loss = [math.nan if row['loss'] is None else row['loss'] for row in run.metrics]
         for axis, x in zip(axes, ('step', 'seconds'), strict=True):
             axis.plot([row[x] for row in run.metrics], loss, label=run.label, linewidth=1.2)
     for axis, x in zip(axes, ('step', 'seconds of training'), strict=True):
         axis.set(xlabel=x, yscale='log')
+        axis.yaxis.set_major_formatter('{x:g}')
+        axis.yaxis.set_minor_formatter('{x:g}')
         axis.grid(visible=True, which='both', alpha=0.25)
     axes[0].set_ylabel('training loss, mean since the last log line')
     axes[0].legend(fontsize='small')
@@ -155,7 +169,11 @@ def report(folders: Sequence[str], output: str) -> str:
     header, rows = table(runs)
     base = pathlib.Path(output)
     base.parent.mkdir(parents=True, exist_ok=True)
-    environments = {json.dumps(run.config['environment'], sort_keys=True) for run in runs}
+    environments = {
+        json.dumps(environment, sort_keys=True)
+        for run in runs
+        for environment in (run.config['environment'], *run.config.get('resumed_in', ()))
+    }
     text = (
         markdown(header, rows)
         + '\n\n'
@@ -165,7 +183,7 @@ def report(folders: Sequence[str], output: str) -> str:
     )
     base.with_name(base.name + '.md').write_text(text + '\n')
     content = [{'label': run.label, 'config': run.config, 'summary': run.summary} for run in runs]
-    base.with_name(base.name + '.json').write_text(json.dumps(content, indent=2) + '\n')
+    workdir.write_json(base.with_name(base.name + '.json'), content)
     image = base.with_name(base.name + '.png')
     plot(runs, image)
     return f'{text}\n\nplot: {image}'

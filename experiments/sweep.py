@@ -8,7 +8,6 @@ Each trial is a workdir of its own, DIR/000, DIR/001, ...; a sweep that was inte
 started again by the same command, and its finished trials are not repeated.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -75,10 +74,18 @@ def sweep(
       The trials, best first: ``{'trial', 'hyperparameters', 'metric'}``.
 
     Raises:
-      ValueError: for a hyperparameter that the optimizer's config does not have.
+      ValueError: for a search that is none, or a hyperparameter that the optimizer's config does
+        not have.
     """
     import optuna
 
+    for name, axis in search['space'].items():
+        wanted = ('grid',) if search['sampler'] == 'grid' else ('low', 'high')
+        if not all(key in axis for key in wanted):
+            raise ValueError(
+                f'search.space.{name} needs {" and ".join(wanted)} for sampler '
+                f'{search["sampler"]!r}, got {dict(axis)}.'
+            )
     if unknown := sorted(set(search['space']) - set(optimizer_config)):
         raise ValueError(
             f'search.space has {unknown}, which the optimizer config has not; it has '
@@ -87,6 +94,7 @@ def sweep(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     root = pathlib.Path(workdir)
     trials: list[dict[str, Any]] = []
+    sampler, count = make_sampler(search)
     root.mkdir(parents=True, exist_ok=True)
 
     def objective(trial: Any) -> float:
@@ -95,17 +103,20 @@ def sweep(
         config.update(values)
         folder = f'{trial.number:03d}'
         summary = train.train_and_evaluate(task_config, config, root / folder, data_dir)
+        if search['metric'] not in summary:
+            raise ValueError(
+                f'search.metric must be one of {sorted(summary)}, got {search["metric"]!r}.'
+            )
         # A run that left the numbers behind is the worst, and no error.
         metric = summary[search['metric']]
-        metric = metric if math.isfinite(metric) else math.inf
+        metric = math.inf if metric is None or not math.isfinite(metric) else metric
         trials.append({'trial': folder, 'hyperparameters': values, 'metric': metric})
         return metric
 
-    sampler, count = make_sampler(search)
     optuna.create_study(sampler=sampler).optimize(objective, n_trials=count)
     trials.sort(key=lambda trial: trial['metric'])
     content = {'search': dict(workdir_lib.plain(search)), 'trials': trials}
-    (root / 'sweep.json').write_text(json.dumps(content, indent=2) + '\n')
+    workdir_lib.write_json(root / 'sweep.json', content)
     return trials
 
 

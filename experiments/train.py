@@ -1,6 +1,8 @@
-"""The training loop: one function, ``train_and_evaluate``."""
+"""The training loop: ``train_and_evaluate``, which is ``prepare`` and ``train``."""
 
+import dataclasses
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Mapping
@@ -57,15 +59,117 @@ def make_segment(task: tasks.Task, tx: optax.GradientTransformation, seed: int) 
     return segment
 
 
-def _segments(start: int, stop: int, log_every: int) -> list[int]:
-    """Lengths of the segments from ``start``, a multiple of ``log_every``, to ``stop``."""
-    return [min(log_every, stop - at) for at in range(start, stop, log_every)]
-
-
 def _check(config: Mapping[str, Any]) -> None:
-    for name in ('epochs', 'log_every', 'checkpoint_every_epochs'):
-        if not isinstance(config[name], int) or config[name] < 1:
-            raise ValueError(f'task.{name} must be an integer >= 1, got {config[name]!r}.')
+    """Raises ``ValueError`` for fields of a task that this loop cannot take."""
+    least = dict(
+        epochs=1, log_every=1, checkpoint_every_epochs=1, max_consecutive_errors=0, seed=0
+    )
+    for name, low in least.items():
+        value = config.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f'task.{name} must be an integer >= {low}, got {value!r}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run that is set up: its inputs are checked, nothing is computed yet."""
+
+    task: tasks.Task
+    config: Mapping[str, Any]  # the task's
+    tx: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    run: workdir_lib.Workdir
+
+    def initial(self) -> Carry:
+        """Parameters and state before the first step."""
+        key = jax.random.fold_in(jax.random.key(self.config['seed']), 0)
+        params = self.task.init(key)
+        return Carry(params, self.tx.init(params), jnp.zeros([], jnp.int32))
+
+
+def prepare(
+    task_config: Mapping[str, Any],
+    optimizer_config: Mapping[str, Any],
+    workdir: str | pathlib.Path,
+    data_dir: str | None = None,
+) -> Experiment:
+    """Checks all inputs and opens the workdir; the arguments are ``train_and_evaluate``'s.
+
+    Raises:
+      ValueError: for a wrong configuration, or a workdir that holds another one.
+      FileNotFoundError: for missing data.
+    """
+    _check(task_config)
+    task = tasks.make(task_config, data_dir)
+    inner = optimizers.make(optimizer_config, task.schedule)
+    tx = optax.apply_if_finite(inner, task_config['max_consecutive_errors'])
+    schedule = task.schedule(optimizer_config['learning_rate'])
+    jax.eval_shape(lambda key: tx.init(task.init(key)), jax.random.key(0))
+    run = workdir_lib.Workdir(workdir, task_config, optimizer_config)
+    return Experiment(task, task_config, tx, schedule, run)
+
+
+def train(
+    experiment: Experiment, *, progress: bool = True, stop_after: int | None = None
+) -> dict[str, Any]:
+    """Runs what ``prepare`` made, from its last checkpoint on, and closes its workdir."""
+    task, run, config = experiment.task, experiment.run, experiment.config
+    learning_rate = jax.jit(experiment.learning_rate)
+    log_every, total = config['log_every'], task.num_steps
+    save_every = math.ceil(config['checkpoint_every_epochs'] * task.steps_per_epoch / log_every)
+    with run:
+        if (finished := run.summary()) is not None:
+            return finished
+        carry, seconds = run.restore(jax.eval_shape(experiment.initial))
+        if carry is None:
+            carry = jax.jit(experiment.initial)()
+        step = int(carry.step)
+        run.truncate_metrics(step)
+        lengths = [min(log_every, total - at) for at in range(step, total, log_every)]
+        segment = make_segment(task, experiment.tx, config['seed'])
+        clock = time.perf_counter()
+        compiled = {
+            length: segment.lower(carry, task.train_data, length=length).compile()
+            for length in set(lengths)
+        }
+        compile_seconds = time.perf_counter() - clock
+
+        with tqdm.tqdm(total=total, initial=step, unit='step', disable=not progress) as bar:
+            for length in lengths:
+                clock = time.perf_counter()
+                carry, losses = compiled[length](carry, task.train_data)
+                losses = jax.device_get(losses)  # the one synchronisation of the segment
+                seconds += time.perf_counter() - clock
+                step += length
+                row = {
+                    'step': step,
+                    'epoch': step / task.steps_per_epoch,
+                    'seconds': seconds,
+                    'loss': float(losses.mean()),
+                    'last_loss': float(losses[-1]),
+                    'learning_rate': float(learning_rate(step - 1)),
+                    'notfinite': int(carry.opt_state.total_notfinite),
+                }
+                run.log(row)
+                bar.update(length)
+                bar.set_postfix(loss=f'{row["loss"]:.3f}', notfinite=row['notfinite'])
+                if step % (save_every * log_every) == 0 or step == total:
+                    run.save(step, carry, seconds)
+                if stop_after is not None and stop_after <= step < total:
+                    return {'step': step}
+        metrics = {k: float(v) for k, v in task.evaluate(carry.params).items()}
+        return run.finish(
+            {
+                **metrics,
+                'steps': total,
+                'seconds': seconds,
+                'compile_seconds': compile_seconds,
+                'steps_per_second': total / seconds,
+                'num_params': sum(x.size for x in jax.tree.leaves(carry.params)),
+                'state_bytes': _optimizer_bytes(carry.opt_state),
+                'notfinite': int(carry.opt_state.total_notfinite),
+            }
+        )
 
 
 def train_and_evaluate(
@@ -95,74 +199,8 @@ def train_and_evaluate(
       ValueError: for a wrong configuration, or a workdir that holds another one.
       FileNotFoundError: for missing data.
     """
-    _check(task_config)
-    task = tasks.make(task_config, data_dir)
-    tx = optax.apply_if_finite(
-        optimizers.make(optimizer_config, task.schedule), task_config['max_consecutive_errors']
-    )
-    learning_rate = jax.jit(task.schedule(optimizer_config['learning_rate']))
-    log_every, total = task_config['log_every'], task.num_steps
-    save_steps = task_config['checkpoint_every_epochs'] * task.steps_per_epoch
-    save_every = -(-save_steps // log_every) * log_every
-
-    def initial() -> Carry:
-        params = task.init(jax.random.fold_in(jax.random.key(task_config['seed']), 0))
-        return Carry(params, tx.init(params), jnp.zeros([], jnp.int32))
-
-    with workdir_lib.Workdir(workdir, task_config, optimizer_config) as run:
-        if (finished := run.summary()) is not None:
-            return finished
-        carry, seconds = run.restore(jax.eval_shape(initial))
-        if carry is None:
-            carry = jax.jit(initial)()
-        start = int(carry.step)
-        run.truncate_metrics(start)
-        segment = make_segment(task, tx, task_config['seed'])
-        compiled: dict[int, Any] = {}
-        clock = time.perf_counter()
-        for length in {*_segments(start, total, log_every)}:
-            compiled[length] = segment.lower(carry, task.train_data, length=length).compile()
-        compile_seconds = time.perf_counter() - clock
-
-        step = start
-        bar = tqdm.tqdm(total=total, initial=start, unit='step', disable=not progress)
-        for length in _segments(start, total, log_every):
-            clock = time.perf_counter()
-            carry, losses = compiled[length](carry, task.train_data)
-            losses = jax.device_get(losses)  # the one synchronisation of the segment
-            seconds += time.perf_counter() - clock
-            step += length
-            row = {
-                'step': step,
-                'epoch': step / task.steps_per_epoch,
-                'seconds': seconds,
-                'loss': float(losses.mean()),
-                'last_loss': float(losses[-1]),
-                'learning_rate': float(learning_rate(step - 1)),
-                'notfinite': int(carry.opt_state.total_notfinite),
-            }
-            run.log(row)
-            bar.update(length)
-            bar.set_postfix(loss=f'{row["loss"]:.3f}', notfinite=row['notfinite'])
-            if step % save_every == 0 or step == total:
-                run.save(step, carry, seconds)
-            if stop_after is not None and step >= stop_after and step < total:
-                bar.close()
-                return {'step': step}
-        bar.close()
-        metrics = {k: float(v) for k, v in task.evaluate(carry.params).items()}
-        return run.finish(
-            {
-                **metrics,
-                'steps': total,
-                'seconds': seconds,
-                'compile_seconds': compile_seconds,
-                'steps_per_second': total / seconds,
-                'num_params': sum(x.size for x in jax.tree.leaves(carry.params)),
-                'state_bytes': _optimizer_bytes(carry.opt_state),
-                'notfinite': int(carry.opt_state.total_notfinite),
-            }
-        )
+    experiment = prepare(task_config, optimizer_config, workdir, data_dir)
+    return train(experiment, progress=progress, stop_after=stop_after)
 
 
 def _optimizer_bytes(state: optax.ApplyIfFiniteState) -> int:

@@ -1,6 +1,7 @@
 """A run's folder: its configuration, its log, its checkpoints, its summary."""
 
 import json
+import math
 import os
 import pathlib
 import platform
@@ -86,10 +87,18 @@ class Workdir:
     def _claim(self, config: dict[str, Any]) -> None:
         """Writes the configuration, or checks that the folder holds this very one."""
         file = self.path / 'config.json'
+        here = environment()
         if not file.exists():
-            _write(file, {**config, 'environment': environment()})
+            if any(self.path.iterdir()):
+                raise ValueError(f'workdir {self.path} is not empty and holds no config.json.')
+            write_json(file, {**config, 'environment': here})
             return
-        held = json.loads(file.read_text())
+        try:
+            held = json.loads(file.read_text())
+            known = [held['environment'], *held.get('resumed_in', [])]
+            held['task'].items(), held['optimizer'].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'{file} is not the configuration of a run: {error!r}.') from error
         differences = [
             f'{group}.{key}: {held[group].get(key)!r} there, {config[group].get(key)!r} given'
             for group in ('task', 'optimizer')
@@ -102,26 +111,20 @@ class Workdir:
                 + '; '.join(differences)
                 + '). Choose another --workdir, or remove this one.'
             )
+        if here not in known and not (self.path / 'summary.json').exists():
+            write_json(file, {**held, 'resumed_in': [*known[1:], here]})
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a line to ``metrics.jsonl``; on the disk when this returns."""
         with open(self.path / 'metrics.jsonl', 'a', encoding='utf-8') as file:
-            file.write(json.dumps(row) + '\n')
+            file.write(json.dumps(_finite(row)) + '\n')
             file.flush()
             os.fsync(file.fileno())
 
     def truncate_metrics(self, step: int) -> None:
         """Drops log lines after ``step``: what was logged after the checkpoint is run again."""
-        file = self.path / 'metrics.jsonl'
-        kept = []
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the line that a kill cut off
-            if row['step'] <= step:
-                kept.append(line + '\n')
-        _write_text(file, ''.join(kept))
+        kept = [json.dumps(row) + '\n' for row in read_metrics(self.path) if row['step'] <= step]
+        _write_text(self.path / 'metrics.jsonl', ''.join(kept))
 
     def save(self, step: int, carry: Any, seconds: float) -> None:
         """Saves a checkpoint; on the disk when this returns."""
@@ -152,12 +155,33 @@ class Workdir:
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Writes ``summary.json``: the run is through."""
-        _write(self.path / 'summary.json', summary)
+        write_json(self.path / 'summary.json', summary)
         return summary
 
 
-def _write(file: pathlib.Path, content: dict[str, Any]) -> None:
-    _write_text(file, json.dumps(content, indent=2) + '\n')
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a workdir's log, without one that is being written or that a kill cut off."""
+    file = path / 'metrics.jsonl'
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_json(file: pathlib.Path, content: Any) -> None:
+    """Writes strict JSON, whole or not at all; numbers that are not finite become null."""
+    _write_text(file, json.dumps(_finite(content), indent=2) + '\n')
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _write_text(file: pathlib.Path, text: str) -> None:

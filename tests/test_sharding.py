@@ -1,5 +1,6 @@
 """What the compiler makes of a sharded step: only borders move."""
 
+import math
 import re
 
 import jax
@@ -14,13 +15,17 @@ COLLECTIVES = 'all-gather|all-to-all|all-reduce|collective-permute|reduce-scatte
 
 
 def collectives(text):
-    """The kinds and the float32 bytes of all collectives of a compiled text."""
+    """The kinds and the bytes of all collectives of a compiled text."""
     found = []
     for result, kind in re.findall(rf'= (\(.*?\)|\S+) ({COLLECTIVES})(?:-start)?\(', text):
-        shapes = re.findall(r'f32\[([\d,]*)\]', result)
-        entries = [jnp.prod(jnp.array([int(d) for d in s.split(',') if d])) for s in shapes]
-        found.append((kind, 4 * int(sum(entries))))
+        arrays = re.findall(r'([a-z]+)(\d*)\w*\[([\d,]*)\]', result)
+        found.append((kind, sum(_bytes(*array) for array in arrays)))
     return found
+
+
+def _bytes(kind, bits, shape):
+    entries = math.prod(int(d) for d in shape.split(',') if d)
+    return entries * (1 if kind == 'pred' else int(bits) // 8)
 
 
 @pytest.mark.parametrize('order', ['F', 'C'])
@@ -51,6 +56,9 @@ def test_only_borders_move(shape, spec, order):
     )
     assert all(size <= border for kind, size in found if kind == 'collective-permute')
     assert all(size <= 8 for kind, size in found if kind == 'all-reduce')
+    # Four shifted arrays (g, a, m, psi z), each by no more than its faces.
+    moved = sum(size for kind, size in found if kind == 'collective-permute')
+    assert moved <= 4 * 3 * border
 
 
 def test_the_reader_sees_a_gather():

@@ -12,6 +12,12 @@ def get_config() -> config_dict.ConfigDict:
             b2=0.9,
             eps=1e-4,
             band=1,
+            order='F',
+            edge_tolerance=config_dict.placeholder(float),
+            relative_eps=0.0,
+            graft='adam',
+            mu_dtype=config_dict.placeholder(str),
+            stats_dtype=config_dict.placeholder(str),
             weight_decay=0.0,
         )
     )

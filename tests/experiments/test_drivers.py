@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import precond_optax
 from experiments import benchmark, optimizers, report, sweep, train
 from experiments import tasks as tasks_lib
 from experiments import workdir as workdir_lib
@@ -224,6 +226,11 @@ BAD_CONFIGS = [
     (dict(batch_size=257), {}, r'task.batch_size must be in \[1, 256\]'),
     (dict(epochs=0), {}, 'task.epochs must be an integer >= 1, got 0'),
     (dict(log_every=0), {}, 'task.log_every must be an integer >= 1'),
+    (dict(seed=-1), {}, 'task.seed must be an integer >= 0, got -1'),
+    (dict(max_consecutive_errors=-1), {}, 'task.max_consecutive_errors must be an integer >= 0'),
+    (dict(hidden=()), {}, r'task.hidden must be integers >= 1, one at least, got \(\)'),
+    (dict(hidden=(0, 3)), {}, 'task.hidden must be integers >= 1'),
+    ({}, dict(learning_rate=-1.0), 'optimizer.learning_rate must be a number >= 0, got -1.0'),
     (dict(warmup_epochs=9), {}, 'task.warmup_epochs must be in'),
     ({}, dict(name='sonnew'), r"optimizer.name must be one of .*'sonew'.*, got 'sonnew'"),
     ({}, dict(b2=2.0), r'b2 must be in \[0, 1\), got 2.0'),
@@ -253,6 +260,28 @@ def test_missing_data(tmp_path):
             train.train_and_evaluate(
                 small_task(source='mnist'), config_of('optimizers', 'adam'), tmp_path, data_dir
             )
+
+
+@pytest.mark.parametrize('content', ['{}', 'no json', '{"task": 1, "optimizer": 2}', '[]'])
+def test_workdir_with_a_foreign_config(content, tmp_path):
+    (tmp_path / 'config.json').write_text(content)
+    with pytest.raises(ValueError, match=r'config.json is not the configuration of a run'):
+        train.train_and_evaluate(small_task(), config_of('optimizers', 'adam'), tmp_path)
+
+
+def test_workdir_with_other_things(tmp_path):
+    (tmp_path / 'checkpoints').mkdir()
+    with pytest.raises(ValueError, match='is not empty and holds no config.json'):
+        train.train_and_evaluate(small_task(), config_of('optimizers', 'adam'), tmp_path)
+
+
+def test_sonews_config_has_all_its_arguments():
+    arguments = set(inspect.signature(precond_optax.sonew).parameters)
+    assert set(config_of('optimizers', 'sonew')) == arguments - {'layout', 'mask'} | {'name'}
+    defaults = inspect.signature(precond_optax.sonew).parameters
+    for name, value in config_of('optimizers', 'sonew').items():
+        if name not in ('name', 'learning_rate'):
+            assert value == defaults[name].default, name
 
 
 def test_workdir_that_is_a_file(tmp_path):
@@ -333,6 +362,24 @@ def test_random_search_stays_in_its_space(tmp_path):
             assert axis.low <= (1 - value if axis.get('one_minus') else value) <= axis.high
 
 
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(sampler='bayes'), "search.sampler must be 'grid' or 'random'|needs low and high"),
+        (dict(sampler='random'), r'search.space.b2 needs low and high'),
+        (
+            dict(metric='train_los'),
+            r"search.metric must be one of .*'train_loss'.*got 'train_los'",
+        ),
+    ],
+)
+def test_bad_search(changes, message, tmp_path):
+    search = config_of('searches', 'sonew_b2_eps')
+    search.update(changes)
+    with pytest.raises(ValueError, match=message):
+        sweep.sweep(small_task(), config_of('optimizers', 'sonew'), search, tmp_path)
+
+
 def test_sweep_over_an_unknown_hyperparameter(tmp_path):
     search = config_of('searches', 'sonew_b2_eps')
     with pytest.raises(ValueError, match=r"\['b2', 'eps'\], which the optimizer config has not"):
@@ -358,6 +405,23 @@ def test_report(tmp_path):
     assert (tmp_path / 'out/report.png').stat().st_size > 10_000
     assert len(json.loads((tmp_path / 'out/report.json').read_text())) == 4
     assert (tmp_path / 'out/report.md').read_text().strip() in text
+
+
+def test_report_with_a_diverged_and_a_torn_run(tmp_path):
+    for name, rate in (('sgd', 1e9), ('adam', 1e-2), ('adam', 1e-3)):
+        optimizer = config_of('optimizers', name)
+        optimizer.learning_rate = rate
+        task = small_task(max_consecutive_errors=0)
+        train.train_and_evaluate(task, optimizer, tmp_path / f'{name}{rate}', progress=False)
+    torn = tmp_path / 'torn'
+    train.train_and_evaluate(small_task(), config_of('optimizers', 'sgd'), torn, stop_after=2)
+    with open(torn / 'metrics.jsonl', 'a') as file:
+        file.write('{"step": 3, "lo')
+    text = report.report([str(tmp_path), str(torn)], str(tmp_path / 'report'))
+    first = [row.split('|')[1].split()[0] for row in text.splitlines()[2:6]]
+    assert first == ['adam', 'adam', 'sgd', 'sgd']
+    assert text.count('at step 2') == 1
+    json.loads((tmp_path / 'report.json').read_text(), parse_constant=pytest.fail)
 
 
 def test_report_of_nothing(tmp_path):

@@ -20,8 +20,11 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
             f'task.batch_size must be in [1, {len(train)}] for source {config["source"]!r}, '
             f'got {config["batch_size"]}.'
         )
+    hidden = tuple(config['hidden'])
+    if not hidden or not all(isinstance(units, int) and units > 0 for units in hidden):
+        raise ValueError(f'task.hidden must be integers >= 1, one at least, got {hidden!r}.')
     steps_per_epoch = len(train) // config['batch_size']
-    sizes = (train.shape[1], *config['hidden'], train.shape[1])
+    sizes = (train.shape[1], *hidden, train.shape[1])
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: model.Autoencoder(sizes, nnx.Rngs(0))))
 
     def init(key: jax.Array) -> Any:
