@@ -1,7 +1,6 @@
 """From an optimizer config to an Optax transformation."""
 
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,7 +41,8 @@ def make(
     if name not in FACTORIES:
         raise ValueError(f'optimizer.name must be one of {sorted(FACTORIES)}, got {name!r}.')
     peak = arguments.pop('learning_rate', None)
-    if not isinstance(peak, numbers.Real) or isinstance(peak, bool) or not 0 <= peak < math.inf:
+    is_number = isinstance(peak, float | int) and not isinstance(peak, bool)
+    if not is_number or not 0 <= peak < math.inf:
         raise ValueError(f'optimizer.learning_rate must be a number >= 0, got {peak!r}.')
     try:
         return FACTORIES[name](learning_rate=schedule(peak), **arguments)

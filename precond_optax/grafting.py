@@ -64,12 +64,31 @@ def transformation(
 
 
 def adam_direction(mu_hat: jax.Array, nu_hat: jax.Array) -> jax.Array:
-    """Adam's direction from the bias-corrected moments: ``mu_hat / (sqrt(nu_hat) + 1e-8)``."""
+    """Adam's direction, ``mu_hat / (sqrt(nu_hat) + 1e-8)``.
+
+    Args:
+      mu_hat: the bias-corrected mean of the gradients, of any shape.
+      nu_hat: the bias-corrected mean of their squares, of that shape.
+
+    Returns:
+      The direction, of that shape; without unit.
+    """
     return mu_hat / (jnp.sqrt(nu_hat) + ADAM_EPS)
 
 
 def magnitude(graft: Graft, mu_hat: jax.Array, nu_hat: jax.Array, own: jax.Array) -> jax.Array:
-    """w, from the method's moments or, for the other kinds, the rule's ``own`` update."""
+    """W of a leaf.
+
+    Args:
+      graft: the kind.
+      mu_hat: the method's bias-corrected mean of the gradients, for 'adam' and 'momentum'.
+      nu_hat: the method's bias-corrected mean of their squares, for 'adam'.
+      own: the update of ``transformation(graft, ...)``, for the other kinds; the gradient if that
+        is None, for 'sgd'.
+
+    Returns:
+      w, of the leaf's shape.
+    """
     if graft == 'adam':
         return adam_direction(mu_hat, nu_hat)
     return mu_hat if graft == 'momentum' else own
@@ -110,14 +129,26 @@ class ScaleByNormalizedRmsState(NamedTuple):
 def scale_by_normalized_rms(
     b2: Scalar, *, layout: layout_lib.Layout = None
 ) -> optax.GradientTransformationExtraArgs:
-    """RMSProp, without bias correction, on gradients normalized leaf by leaf.
+    r"""RMSProp, without bias correction, on gradients normalized leaf by leaf.
+
+    .. math::
+      n = g / (\|g\| + 10^{-25}), \quad s \leftarrow b_2 s + (1 - b_2) n^2, \quad
+      w = n / (\sqrt{s} + 10^{-10})
 
     Args:
-      b2: decay of the mean, in [0, 1); at 1 the squares are summed.
-      layout: batch axes.
+      b2: decay of the mean, in [0, 1).
+      layout: batch axes; a leaf's layers are normalized one by one.
 
     Returns:
-      The transformation.
+      An ``optax.GradientTransformationExtraArgs`` with state `ScaleByNormalizedRmsState`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_normalized_rms(b2=0.75)
+      >>> grads = jnp.array([3.0, -4.0])
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> updates.round(3).tolist()  # of the first step: the sign by 1 / sqrt(1 - b2)
+      [2.0, -2.0]
     """
 
     def init_leaf(leaf: Any, facts: LeafLayout) -> leafwise.Fields:
@@ -127,7 +158,7 @@ def scale_by_normalized_rms(
         grad: jax.Array, state: ScaleByNormalizedRmsState, facts: LeafLayout
     ) -> tuple[jax.Array, leafwise.Fields]:
         unit = grad / (norm(grad, facts.axes) + 1e-25)
-        nu = b2 * state.nu + jnp.where(b2 < 1, 1 - b2, 1) * unit * unit
+        nu = b2 * state.nu + (1 - b2) * unit * unit
         return unit / (jnp.sqrt(nu) + 1e-10), {'nu': nu}
 
     return leafwise.leafwise(ScaleByNormalizedRmsState, init_leaf, update_leaf, layout=layout)

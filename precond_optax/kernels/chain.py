@@ -85,7 +85,13 @@ def predecessor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
 def to_line(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     """The chains written out, of shape (batch axes..., n). For small arrays: it reshapes.
 
-    Worked shape: (5, 2, 3) with axes (1, 2) has batch axis 0 and gives (5, 6).
+    Args:
+      x: array of any shape and dtype.
+      axes: the chain's axes, fastest first; the others are batch axes.
+
+    Returns:
+      An array of shape (batch axes..., n). Worked shape: (5, 2, 3) with axes (1, 2) has batch
+      axis 0 and gives (5, 6).
 
     Example:
       >>> import jax.numpy as jnp

@@ -51,6 +51,13 @@ def accumulate(
 
     Returns:
       The new ``diag`` and ``offdiag``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> zeros = jnp.zeros(3)
+      >>> diag, (edge,) = accumulate(jnp.array([1.0, 2, 4]), zeros, (zeros,), b2=0.5, axes=(0,))
+      >>> diag.tolist(), edge.tolist()
+      ([0.5, 2.0, 8.0], [1.0, 4.0, 0.0])
     """
     (edge,) = offdiag
     diag = b2 * diag + (1 - b2) * grad * grad
@@ -67,10 +74,10 @@ def factor(
     edge_tolerance: Scalar,
     axes: Sequence[int],
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """The factors of X.
+    """The factors of X: ``psi_j = e_j / a_{j+1}`` and ``S_j = a_j - e_j psi_j``.
 
     Args:
-      diag: the diagonal of the (bias-corrected) mean, d.
+      diag: the diagonal of the (bias-corrected) mean, d, of the leaf's shape, float32 or float64.
       offdiag: its off-diagonal, (e,).
       eps: added to the diagonal, in units of squared gradients.
       relative_eps: added to the diagonal, in units of the largest absolute row sum of the chain.
@@ -79,6 +86,14 @@ def factor(
 
     Returns:
       ``((psi,), schur)``, of the shape of ``diag``; ``schur`` is positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> damping = dict(eps=0.0, relative_eps=0.0, edge_tolerance=0.0)
+      >>> diag, edge = jnp.array([2.0, 2, 2]), jnp.array([1.0, 1, 0])
+      >>> (psi,), schur = factor(diag, (edge,), **damping, axes=(0,))
+      >>> psi.tolist(), schur.tolist()
+      ([0.5, 0.5, 0.0], [1.5, 1.5, 2.0])
     """
     (edge,) = offdiag
     damped = diagonal.damp(diag, offdiag, eps=eps, relative_eps=relative_eps, axes=axes)
@@ -103,6 +118,12 @@ def apply(
 
     Returns:
       X x, of the shape of ``x``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> psi, schur = (jnp.array([0.5, 0]),), jnp.array([1.5, 2])
+      >>> apply(psi, schur, jnp.array([3.0, 3]), axes=(0,)).tolist()  # inv([[2, 1], [1, 2]]) @ x
+      [1.0, 1.0]
     """
     (ratio,) = psi
     z = (x - ratio * chain.successor(x, axes)) / schur
@@ -110,7 +131,16 @@ def apply(
 
 
 def to_dense(psi: tuple[jax.Array, ...], schur: jax.Array, *, axes: Sequence[int]) -> jax.Array:
-    """X as a matrix, of shape (batch axes..., n, n) in chain order. For tests and small n."""
+    """X as a matrix. For tests and small n.
+
+    Args:
+      psi: from ``factor``.
+      schur: from ``factor``.
+      axes: the chain's axes, fastest first.
+
+    Returns:
+      An array of shape (batch axes..., n, n), in chain order.
+    """
     (ratio,) = psi
     inverse_schur = 1 / chain.to_line(schur, axes)
     line = chain.to_line(ratio, axes)

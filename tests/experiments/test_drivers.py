@@ -271,7 +271,7 @@ def test_workdir_with_a_foreign_config(content, tmp_path):
 
 def test_workdir_with_other_things(tmp_path):
     (tmp_path / 'checkpoints').mkdir()
-    with pytest.raises(ValueError, match='is not empty and holds no config.json'):
+    with pytest.raises(ValueError, match=r'is not empty and holds no config\.json'):
         train.train_and_evaluate(small_task(), config_of('optimizers', 'adam'), tmp_path)
 
 
