@@ -7,7 +7,9 @@ python -m experiments.main --task=configs/tasks/autoencoder.py \\
 
 import contextlib
 import json
-from collections.abc import Iterator
+import pathlib
+import re
+from collections.abc import Callable, Iterator
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -36,6 +38,26 @@ def clear_errors() -> Iterator[None]:
         raise SystemExit(f'error: {error}') from error
 
 
+def _parse(argv: list[str]) -> list[str]:
+    """Absl's parser, with clear errors for config files and fields that are not there."""
+    for flag, kind in (('task', 'tasks'), ('optimizer', 'optimizers'), ('search', 'searches')):
+        for given in re.findall(rf'^--?{flag}=(.*)$', '\n'.join(argv), re.MULTILINE):
+            if not pathlib.Path(given.split(':')[0]).is_file():
+                folder = pathlib.Path('configs') / kind
+                there = ', '.join(sorted(str(file) for file in folder.glob('[a-z]*.py')))
+                raise SystemExit(f'error: --{flag}={given}: no such file. There are: {there}.')
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:  # an unknown field of a config
+        raise SystemExit(f'error: {str(error).strip(chr(34))}') from error
+
+
+def run(main: Callable[[list[str]], None], *required: str) -> None:
+    """``app.run`` with the flags that must be given and with clear errors for wrong ones."""
+    flags.mark_flags_as_required(required)
+    app.run(main, flags_parser=_parse)
+
+
 def main(argv: list[str]) -> None:
     """Runs the experiment of the flags and prints its summary."""
     refuse_arguments(argv)
@@ -46,5 +68,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.mark_flags_as_required(['task', 'optimizer', 'workdir'])
-    app.run(main)
+    run(main, 'task', 'optimizer', 'workdir')

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_dict, config_flags
 
 from experiments import main as main_lib
@@ -131,5 +131,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.mark_flags_as_required(['task', 'optimizer', 'search', 'workdir'])
-    app.run(main)
+    main_lib.run(main, 'task', 'optimizer', 'search', 'workdir')

@@ -294,11 +294,17 @@ def test_workdir_that_is_a_file(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (('--task.epoch=3',), 'epoch'),
+        (('--task.epoch=3',), 'Did you mean "epochs"'),
         (('--nothing=1',), "Unknown command line flag 'nothing'"),
         (('extra',), 'unknown arguments: extra'),
-        (('--task=configs/tasks/mnst.py',), 'configs/tasks/mnst.py'),
-        (('--optimizer=configs/optimizers/adm.py',), 'configs/optimizers/adm.py'),
+        (
+            ('--task=configs/tasks/mnst.py',),
+            'mnst.py: no such file. There are: configs/tasks/auto',
+        ),
+        (
+            ('--optimizer=configs/optimizers/adm.py',),
+            'adafactor.py, configs/optimizers/adagrad.py',
+        ),
         (('--task.epochs=many',), 'many'),
         (('--task.epochs=0',), 'error: task.epochs must be an integer >= 1, got 0'),
         (('--optimizer.band=7',), 'error: band must be one of 0, 1'),
@@ -308,6 +314,7 @@ def test_wrong_flags(arguments, message, tmp_path):
     done = main(*flags_for(tmp_path / 'run', *arguments))
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr
     assert not (tmp_path / 'run').exists()
 
 
