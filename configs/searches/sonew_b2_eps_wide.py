@@ -2,13 +2,11 @@
 
 from ml_collections import config_dict
 
+from configs.searches import sonew_b2_eps
+
 
 def get_config() -> config_dict.ConfigDict:
-    return config_dict.ConfigDict(
-        dict(
-            sampler='grid',
-            seed=0,  # of the order of the trials
-            metric='train_loss',
-            space=dict(b2=dict(grid=(0.8, 0.9, 0.95)), eps=dict(grid=(1e-4, 1e-3, 1e-2))),
-        )
-    )
+    config = sonew_b2_eps.get_config()
+    config.space.b2.grid = (0.8, 0.9, 0.95)
+    config.space.eps.grid = (1e-4, 1e-3, 1e-2)
+    return config
