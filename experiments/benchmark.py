@@ -1,10 +1,11 @@
 """Optimizer step time as a ratio to optax.adam, and state bytes per parameter.
 
-python -m experiments.benchmark [--workdir=DIR] [--rounds=20]
+python -m experiments.benchmark [--workdir=DIR] [--rounds=20] [--noin_turn]
 
 Whole steps are timed (update and apply_updates, parameters and state donated), one of each
-optimizer in turn, so that all see the same machine; medians are shown. With --workdir, the
-times go to benchmark.json there, and the tables to benchmark.md.
+optimizer in turn, so that all see the same machine and none finds the caches as it left them;
+with --noin_turn all steps of one optimizer follow each other. Medians are shown. With --workdir,
+the times go to benchmark.json there, and the tables to benchmark.md.
 """
 
 import itertools
@@ -26,6 +27,7 @@ from experiments import main as main_lib
 from experiments import report, workdir
 
 _ROUNDS = flags.DEFINE_integer('rounds', 20, 'Timed steps of each optimizer.', lower_bound=1)
+_IN_TURN = flags.DEFINE_boolean('in_turn', True, 'One step of each optimizer in turn.')
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     'adam': lambda: optax.adam(1e-3),
@@ -56,12 +58,15 @@ TREES: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
 }
 
 
-def measure(shapes: dict[str, tuple[int, ...]], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    shapes: dict[str, tuple[int, ...]], rounds: int, in_turn: bool = True
+) -> list[dict[str, Any]]:
     """Times every optimizer on a tree, turn by turn.
 
     Args:
       shapes: of the leaves, all float32.
       rounds: timed steps of each optimizer.
+      in_turn: one step of each in turn, or all steps of one and then of the next.
 
     Returns:
       For each optimizer its times in seconds and its state bytes per parameter.
@@ -82,12 +87,12 @@ def measure(shapes: dict[str, tuple[int, ...]], rounds: int) -> list[dict[str, A
         size = sum(x.nbytes for x in jax.tree.leaves(state))
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
         runs[name] = [compiled, *compiled(params, state, grads), [], size]
-    for _ in range(rounds):
-        for run in runs.values():
-            compiled, params, state, times, _ = run
-            clock = time.perf_counter()
-            run[1], run[2] = jax.block_until_ready(compiled(params, state, grads))
-            times.append(time.perf_counter() - clock)
+    turns, block = (rounds, 1) if in_turn else (1, rounds)
+    for run in (run for _ in range(turns) for run in runs.values() for _ in range(block)):
+        compiled, params, state, times, _ = run
+        clock = time.perf_counter()
+        run[1], run[2] = jax.block_until_ready(compiled(params, state, grads))
+        times.append(time.perf_counter() - clock)
     return [
         {'optimizer': name, 'seconds': times, 'state_bytes_per_parameter': size / count}
         for name, (_, _, _, times, size) in runs.items()
@@ -116,7 +121,9 @@ def render(results: dict[str, list[dict[str, Any]]]) -> str:
 def main(argv: list[str]) -> None:
     """Measures all trees and prints the tables."""
     main_lib.refuse_arguments(argv)
-    results = {name: measure(shapes(), _ROUNDS.value) for name, shapes in TREES.items()}
+    results = {
+        name: measure(shapes(), _ROUNDS.value, _IN_TURN.value) for name, shapes in TREES.items()
+    }
     text = render(results)
     print(text)
     if flags.FLAGS.workdir:
