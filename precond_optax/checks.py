@@ -38,8 +38,8 @@ def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
         raise ValueError(f'{name} must be one of {", ".join(map(repr, allowed))}, got {value!r}.')
 
 
-def static_int(name: str, value: Any, allowed: Collection[int], why: str = '') -> None:
-    """Raises ``ValueError`` unless ``value`` is a plain integer among ``allowed``.
+def static_int(name: str, value: Any, low: int) -> None:
+    """Raises ``ValueError`` unless ``value`` is a plain integer ``>= low``.
 
     An integer that decides the shape of the state cannot be traced: the message names the
     ``static_args`` that ``optax.inject_hyperparams`` needs.
@@ -50,9 +50,14 @@ def static_int(name: str, value: Any, allowed: Collection[int], why: str = '') -
             f"cannot be traced. With optax.inject_hyperparams, pass static_args=('{name}',)."
         )
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_int or value not in allowed:
-        listed = ', '.join(map(str, allowed))
-        raise ValueError(f'{name} must be one of {listed}{why}, got {value!r}.')
+    if not is_int or value < low:
+        raise ValueError(f'{name} must be an integer >= {low}, got {value!r}.')
+
+
+def flag(name: str, value: Any) -> None:
+    """Raises ``ValueError`` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{name} must be True or False, got {value!r}.')
 
 
 def float_dtype(name: str, value: Any) -> None:

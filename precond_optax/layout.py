@@ -5,6 +5,7 @@ trace; nothing of them is in the state.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
@@ -12,33 +13,73 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from precond_optax import checks
+
 
 @dataclasses.dataclass(frozen=True)
 class LeafRule:
     """What the user asks for on the leaves that a rule names.
 
     Args:
-      precondition: True: preconditioned, whatever its shape. False: the first-order direction
-        (Adam's for SONew). None: decided by the number of axes that are not batch axes; two or
-        more are preconditioned.
+      precondition: True: preconditioned, whatever its number of axes. False: the first-order
+        direction (Adam's for SONew). None: decided by the number of axes that are not batch axes,
+        merged ones counted as one; two or more are preconditioned.
       batch_axes: how many leading axes stack separate leaves, such as scanned layers. A leaf of
         shape (layers, m, n) with ``batch_axes=1`` is treated exactly as its layers would be.
+      merge_axes: groups of neighbouring axes that are seen as one, as ``reshape`` merges them;
+        nothing is reshaped. ``((-2, -1),)`` sees a query kernel (d, heads, head_dim) as the
+        matrix (d, heads * head_dim). Axes are those of the whole leaf, negative ones count from
+        its end.
+      max_size: the most entries, batch axes aside, that are preconditioned; larger leaves get the
+        first-order direction. None: no limit.
+      max_dim: the longest axis, merged ones as one, that is preconditioned; likewise.
+      band: for SONew: the leaf's own number of off-diagonals. None: the transformation's.
+      order: for SONew: the leaf's own order of the chain, 'F' or 'C'. None: the transformation's.
 
     Raises:
       ValueError: if an argument is of the wrong kind.
+
+    Example:
+      >>> import precond_optax
+      >>> rule = precond_optax.LeafRule
+      >>> layout = {
+      ...   'embed': rule(precondition=False),  # Adam's direction
+      ...   'attention/(query|key|value)': rule(merge_axes=((-2, -1),)),
+      ...   'mlp': rule(band=4),
+      ...   '': rule(max_dim=32768),  # all others, but for huge axes
+      ... }
+      >>> tx = precond_optax.sonew(1e-3, layout=layout)
     """
 
     precondition: bool | None = None
     batch_axes: int = 0
+    merge_axes: tuple[tuple[int, ...], ...] = ()
+    max_size: int | None = None
+    max_dim: int | None = None
+    band: int | None = None
+    order: str | None = None
 
     def __post_init__(self) -> None:
         if self.precondition is not None and not isinstance(self.precondition, bool):
             raise ValueError(
                 f'precondition must be True, False or None, got {self.precondition!r}.'
             )
-        is_int = isinstance(self.batch_axes, int) and not isinstance(self.batch_axes, bool)
-        if not is_int or self.batch_axes < 0:
-            raise ValueError(f'batch_axes must be an integer >= 0, got {self.batch_axes!r}.')
+        checks.static_int('batch_axes', self.batch_axes, 0)
+        for name, low in (('max_size', 1), ('max_dim', 1), ('band', 0)):
+            if (value := getattr(self, name)) is not None:
+                checks.static_int(name, value, low)
+        checks.one_of('order', self.order, (None, 'F', 'C'))
+        groups = self.merge_axes
+        if not isinstance(groups, tuple) or not all(
+            isinstance(group, tuple)
+            and len(group) > 1
+            and all(isinstance(axis, int) and not isinstance(axis, bool) for axis in group)
+            for group in groups
+        ):
+            raise ValueError(
+                'merge_axes must be a tuple of tuples of two or more axes, such as ((-2, -1),), '
+                f'got {groups!r}.'
+            )
 
 
 # Rules by path: regular expressions that are searched for in the leaf's path, first match wins;
@@ -57,6 +98,8 @@ class LeafLayout:
       dtype: its dtype.
       precondition: whether it is preconditioned.
       batch_axes: the number of leading batch axes.
+      groups: the other axes, in groups that are seen as one.
+      band, order: what the leaf's rule says of its chain; None: nothing.
       reason: why, for a reader.
     """
 
@@ -65,6 +108,9 @@ class LeafLayout:
     dtype: jnp.dtype
     precondition: bool
     batch_axes: int
+    groups: tuple[tuple[int, ...], ...]
+    band: int | None
+    order: str | None
     reason: str
 
     @property
@@ -72,9 +118,19 @@ class LeafLayout:
         """The axes that are not batch axes."""
         return tuple(range(self.batch_axes, len(self.shape)))
 
+    @property
+    def size(self) -> int:
+        """The number of entries of one of the leaves that batch axes stack."""
+        return math.prod(self.shape[self.batch_axes :])
+
     def chain_axes(self, order: str) -> tuple[int, ...]:
-        """The chain's axes, fastest first: the first for order 'F', the last for 'C'."""
-        return self.axes if order == 'F' else self.axes[::-1]
+        """The chain's axes, fastest first: the first for order 'F', the last for 'C'.
+
+        In a merged group the last axis runs fastest, as in a reshape: (d, heads, head_dim) with
+        the last two merged gives (0, 2, 1) for 'F' and (2, 1, 0) for 'C'.
+        """
+        groups = self.groups if order == 'F' else self.groups[::-1]
+        return tuple(axis for group in groups for axis in reversed(group))
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -137,8 +193,8 @@ def leaf_layout(path: str, leaf: Any, layout: Layout) -> LeafLayout:
       The leaf's ``LeafLayout``.
 
     Raises:
-      ValueError: if the leaf is not of a real floating dtype of 16 bits or more, or has fewer
-        axes than its rule says.
+      ValueError: if the leaf is not of a real floating dtype of 16 bits or more, or has not the
+        axes that its rule says.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -154,19 +210,55 @@ def leaf_layout(path: str, leaf: Any, layout: Layout) -> LeafLayout:
             f'{dtype.name} of shape {shape}. Leave others out by optax.masked or optax.partition.'
         )
     rule, source = _rule_for(path, jax.ShapeDtypeStruct(shape, dtype), layout)
-    ndim = len(shape) - rule.batch_axes
-    if ndim < 0 or (rule.precondition and ndim < 1):
+    if len(shape) < rule.batch_axes + bool(rule.precondition):
         raise ValueError(
             f'{path}: {source} asks for batch_axes={rule.batch_axes}, precondition='
             f'{rule.precondition}, but the leaf has shape {shape}: at most '
             f'{max(0, len(shape) - bool(rule.precondition))} batch axes are allowed.'
         )
+    groups = _groups(path, shape, rule, source)
+    precondition, reason = _decide(shape, rule, groups, source)
+    return LeafLayout(
+        path, shape, dtype, precondition, rule.batch_axes, groups, rule.band, rule.order, reason
+    )
+
+
+def _groups(
+    path: str, shape: tuple[int, ...], rule: LeafRule, source: str
+) -> tuple[tuple[int, ...], ...]:
+    """The axes that are not batch axes, those merged together."""
+    ndim = len(shape)
+    groups: dict[int, tuple[int, ...]] = {a: (a,) for a in range(rule.batch_axes, ndim)}
+    for given in rule.merge_axes:
+        axes = tuple(axis + ndim if axis < 0 else axis for axis in given)
+        if axes != tuple(range(axes[0], axes[0] + len(axes))) or any(
+            groups.get(axis) != (axis,) for axis in axes
+        ):
+            raise ValueError(
+                f'{path}: {source} merges the axes {given}, but the leaf has shape {shape}: '
+                'groups must be neighbouring axes in ascending order, none of them a batch axis '
+                f'or in two groups; axes {rule.batch_axes} to {ndim - 1} can be merged.'
+            )
+        groups.update(dict.fromkeys(axes, axes))
+    return tuple(dict.fromkeys(groups.values()))
+
+
+def _decide(
+    shape: tuple[int, ...], rule: LeafRule, groups: tuple[tuple[int, ...], ...], source: str
+) -> tuple[bool, str]:
+    """Whether a leaf is preconditioned, and why."""
     if 0 in shape:
-        precondition, reason = False, 'no entries'
-    elif rule.precondition is not None:
-        precondition, reason = rule.precondition, source
-    else:
-        precondition = ndim >= 2
-        reason = f'{ndim}-D' + (f' after {rule.batch_axes} batch axes' if rule.batch_axes else '')
-        reason += f' ({source})' if source else ''
-    return LeafLayout(path, shape, dtype, precondition, rule.batch_axes, reason)
+        return False, 'no entries'
+    if rule.precondition is False:
+        return False, source
+    dims = [math.prod(shape[axis] for axis in group) for group in groups]
+    if rule.max_dim is not None and max(dims, default=0) > rule.max_dim:
+        return False, f'axis of {max(dims)} > max_dim={rule.max_dim} ({source})'
+    if rule.max_size is not None and math.prod(dims) > rule.max_size:
+        return False, f'{math.prod(dims)} entries > max_size={rule.max_size} ({source})'
+    if rule.precondition:
+        return True, source
+    seen = 'x'.join(map(str, dims)) if rule.merge_axes else f'{len(dims)}-D'
+    reason = f'seen as {seen}' if rule.merge_axes else seen
+    reason += f' after {rule.batch_axes} batch axes' if rule.batch_axes else ''
+    return len(dims) >= 2, reason + (f' ({source})' if source else '')

@@ -8,7 +8,9 @@ for a leaf and its docstring, and nothing of this.
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ import optax
 from precond_optax import checks
 from precond_optax import layout as layout_lib
 from precond_optax.checks import Scalar
+from precond_optax.kernels.rounding import stochastic_round
 from precond_optax.layout import LeafLayout
 
 # A leaf's state: by field, an array, a tuple of arrays (a stacked field) or optax.MaskedNode().
@@ -75,6 +78,8 @@ def leafwise(
     *,
     layout: layout_lib.Layout,
     stacked: Mapping[str, int] | None = None,
+    stochastic: Collection[str] = (),
+    gathered: Mapping[str, bool] | None = None,
     graft: optax.GradientTransformation | None = None,
     describe: Callable[[LeafLayout], str] = lambda facts: '',
 ) -> optax.GradientTransformationExtraArgs:
@@ -92,6 +97,9 @@ def leafwise(
         rule's update for this leaf.
       layout: the user's rules.
       stacked: fields that are tuples of trees, each like the parameters', and how many.
+      stochastic: fields that are rounded stochastically where they are stored in bfloat16.
+      gathered: fields with one number for each leaf, and whether they are kept: a float32 vector
+        in the order of the leaves, or ``optax.MaskedNode()``.
       graft: the grafting rule; its updates reach ``update_leaf``. None: the gradient does.
       describe: what a leaf gets, for `plan`.
 
@@ -99,10 +107,14 @@ def leafwise(
       An ``optax.GradientTransformationExtraArgs`` that ignores unknown extra arguments.
     """
     layout_lib.check(layout)
-    names = tuple(n for n in state_type._fields if n not in ('count', 'graft'))  # type: ignore[attr-defined]
+    kept = dict(gathered or {})
+    names = tuple(n for n in state_type._fields if n not in ('count', 'graft', *kept))  # type: ignore[attr-defined]
     has_graft = 'graft' in state_type._fields  # type: ignore[attr-defined]
     depth = {name: (stacked or {}).get(name) for name in names}
     rule = optax.with_extra_args_support(optax.identity() if graft is None else graft)
+
+    def leaf_state(fields: Fields, count: jax.Array) -> Any:
+        return state_type(count=count, **fields, **dict.fromkeys(kept))
 
     def init(params: optax.Params) -> Any:
         leaves, layouts, treedef = _leaves(params, layout)
@@ -113,6 +125,8 @@ def leafwise(
         per_leaf = [init_leaf(leaf, facts) for leaf, facts in zip(leaves, layouts, strict=True)]
         with recording(None):  # a grafting rule of ours is no treatment of its own
             others = {'graft': rule.init(params)} if has_graft else {}
+        for name, on in kept.items():
+            others[name] = jnp.zeros(len(leaves), jnp.float32) if on else optax.MaskedNode()
         trees = _to_trees(per_leaf, depth, treedef)
         return state_type(count=jnp.zeros([], jnp.int32), **others, **trees)
 
@@ -127,13 +141,18 @@ def leafwise(
             tree, others['graft'] = rule.update(updates, state.graft, params, **extra_args)
             for fields, facts, own in zip(wide, layouts, treedef.flatten_up_to(tree), strict=True):
                 fields['graft'] = own.astype(facts.compute_dtype)
+        others.update((name, getattr(state, name)) for name in kept)
+        numbers: dict[str, list[Any]] = {name: [] for name, on in kept.items() if on}
         directions = []
         for i, (grad, facts) in enumerate(zip(grads, layouts, strict=True)):
             direction, changed = update_leaf(
-                grad.astype(facts.compute_dtype), state_type(count=count, **wide[i]), facts
+                grad.astype(facts.compute_dtype), leaf_state(wide[i], count), facts
             )
             directions.append(direction.astype(grad.dtype))
-            per_leaf[i].update(_cast_like(changed, per_leaf[i]))
+            for name, values in numbers.items():
+                values.append(jnp.asarray(changed.pop(name, 0), jnp.float32))
+            per_leaf[i].update(_cast_like(changed, per_leaf[i], stochastic, count, facts.path))
+        others.update((name, jnp.stack(values)) for name, values in numbers.items())
         trees = _to_trees(per_leaf, depth, treedef)
         return treedef.unflatten(directions), state_type(count=count, **others, **trees)
 
@@ -169,12 +188,27 @@ def _cast(tree: Any, dtype: jnp.dtype) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-def _cast_like(changed: Fields, fields: Fields) -> Fields:
+def _cast_like(
+    changed: Fields, fields: Fields, stochastic: Collection[str], count: jax.Array, path: str
+) -> Fields:
     """The changed fields in the dtypes in which they are stored."""
-    return {
-        name: jax.tree.map(lambda new, old: new.astype(old.dtype), value, fields[name])
-        for name, value in changed.items()
-    }
+
+    def cast(name: str, new: jax.Array, old: jax.Array, place: int) -> jax.Array:
+        if name not in stochastic or old.dtype != jnp.bfloat16 or new.dtype != jnp.float32:
+            return new.astype(old.dtype)
+        # Drawn anew in each step and for each array, but the same in a resumed run.
+        key = jax.random.fold_in(jax.random.key(zlib.crc32(f'{path}:{name}'.encode())), place)
+        return stochastic_round(jax.random.fold_in(key, count), new)
+
+    stored = {}
+    for name, value in changed.items():
+        places = itertools.count()
+        stored[name] = jax.tree.map(
+            lambda new, old, name=name, places=places: cast(name, new, old, next(places)),
+            value,
+            fields[name],
+        )
+    return stored
 
 
 def chain_learning_rate(

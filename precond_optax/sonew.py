@@ -2,6 +2,7 @@ r"""SONew, the sparsified online Newton method: state, transformation, alias."""
 
 import math
 import types
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +12,10 @@ import optax
 from precond_optax import checks, grafting, leafwise
 from precond_optax import layout as layout_lib
 from precond_optax.checks import Scalar
-from precond_optax.kernels import diagonal, tridiagonal
+from precond_optax.kernels import banded, diagonal, tridiagonal
 from precond_optax.layout import LeafLayout
 
-# A new sparsity pattern is one more file of kernels and one entry here.
+# Special forms by the number of off-diagonals; all others are banded.
 _KERNELS: dict[int, types.ModuleType] = {0: diagonal, 1: tridiagonal}
 _PATTERNS = {0: 'diagonal', 1: 'tridiagonal'}
 
@@ -26,15 +27,28 @@ class ScaleBySonewState(NamedTuple):
     mu: optax.Updates  # like the parameters, of mu_dtype: mean of the gradients
     nu: optax.Updates  # like the parameters, of stats_dtype: mean of their squares
     # `band` trees like the parameters, of stats_dtype: tree k holds the mean of g_j g_{j+k+1};
-    # optax.MaskedNode() where a leaf is no chain.
+    # optax.MaskedNode() where a leaf is no chain or has fewer bands.
     offdiag: tuple[optax.Updates, ...]
     graft: optax.OptState  # the grafting rule's own state, if it has any
+    # shape=(leaves,), dtype=float32: edges of each leaf dropped in the last step; with
+    # diagnostics=False optax.MaskedNode()
+    dropped_edges: Any
 
 
 def _edge_tolerance(stats_dtype: jnp.dtype) -> float:
     """The least share of a_j that a Schur complement keeps: about the statistics' rounding."""
     decided = {'float32': 1e-7, 'bfloat16': 0.0078}
     return decided.get(stats_dtype.name, float(jnp.finfo(stats_dtype).eps))
+
+
+def _widest_band(band: int, layout: layout_lib.Layout) -> int:
+    """The most off-diagonals that a leaf can have: known without the leaves, as the state is."""
+    rules = layout.values() if isinstance(layout, Mapping) else ()
+    return max([band, *(rule.band for rule in rules if rule.band is not None)])
+
+
+def _padded(arrays: Sequence[Any], count: int) -> tuple[Any, ...]:
+    return (*arrays, *(optax.MaskedNode() for _ in range(count - len(arrays))))
 
 
 def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
@@ -49,7 +63,9 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     graft: grafting.Graft = 'adam',
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
+    stochastic_rounding: bool = True,
     layout: layout_lib.Layout = None,
+    diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of SONew, to be subtracted; no learning rate and no weight decay.
 
@@ -57,8 +73,8 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     units of the grafting rule's: none for Adam's.
 
     Args:
-      b1, b2, eps, band, order, edge_tolerance, relative_eps, graft, mu_dtype, stats_dtype, layout:
-        as in `sonew`, with the same defaults.
+      b1, b2, eps, band, order, edge_tolerance, relative_eps, graft, mu_dtype, stats_dtype,
+        stochastic_rounding, layout, diagnostics: as in `sonew`, with the same defaults.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state `ScaleBySonewState`.
@@ -83,35 +99,48 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     checks.in_range('relative_eps', relative_eps, 0)
     if edge_tolerance is not None:
         checks.in_range('edge_tolerance', edge_tolerance, 0, 1)
-    checks.static_int('band', band, tuple(_KERNELS), ' (diagonal, tridiagonal)')
+    checks.static_int('band', band, 0)
     checks.one_of('order', order, ('F', 'C'))
     checks.float_dtype('mu_dtype', mu_dtype)
     checks.float_dtype('stats_dtype', stats_dtype)
+    checks.flag('stochastic_rounding', stochastic_rounding)
+    checks.flag('diagnostics', diagnostics)
     grafting.check(graft)
-    kernel = _KERNELS[band]
+    layout_lib.check(layout)
+    widest = _widest_band(band, layout)
+
+    def band_of(facts: LeafLayout) -> int:
+        """The leaf's off-diagonals: no more than its chain has."""
+        asked = band if facts.band is None else facts.band
+        if asked > widest:
+            raise ValueError(
+                f'{facts.path}: the layout function asks for band={asked}, but may not ask for '
+                f'more than the transformation has: pass band={asked} and lower it elsewhere.'
+            )
+        return min(asked, facts.size - 1) if facts.precondition else 0
 
     def init_leaf(leaf: Any, facts: LeafLayout) -> leafwise.Fields:
         stored = stats_dtype or facts.compute_dtype
-        offdiag: Any = (optax.MaskedNode(),) * band
-        if facts.precondition:
-            offdiag = tuple(jnp.zeros_like(leaf, dtype=stored) for _ in range(band))
+        held = [jnp.zeros_like(leaf, dtype=stored) for _ in range(1 + band_of(facts))]
         return {
             'mu': jnp.zeros_like(leaf, dtype=mu_dtype or facts.dtype),
-            'nu': jnp.zeros_like(leaf, dtype=stored),
-            'offdiag': offdiag,
+            'nu': held[0],
+            'offdiag': _padded(held[1:], widest),
         }
 
     def update_leaf(
         grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
     ) -> tuple[jax.Array, leafwise.Fields]:
-        axes = facts.chain_axes(order)
+        axes, bands = facts.chain_axes(facts.order or order), band_of(facts)
         mu = b1 * state.mu + (1 - b1) * grad
         mu_hat = mu / (1 - b1**state.count)
         correction = 1 / (1 - b2**state.count)
         if not facts.precondition:
             nu, _ = diagonal.accumulate(grad, state.nu, (), b2=b2, axes=axes)
             return grafting.adam_direction(mu_hat, nu * correction), {'mu': mu, 'nu': nu}
-        nu, offdiag = kernel.accumulate(grad, state.nu, state.offdiag, b2=b2, axes=axes)
+        kernel = _KERNELS.get(bands, banded)
+        held = state.offdiag[:bands]
+        nu, offdiag = kernel.accumulate(grad, state.nu, held, b2=b2, axes=axes)
         nu_hat = nu * correction
         psi, schur = kernel.factor(
             nu_hat,
@@ -129,21 +158,29 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         if graft is not None:
             magnitude = grafting.magnitude(graft, mu_hat, nu_hat, state.graft)
             direction = grafting.rescale(direction, magnitude, facts.axes)
-        return direction, {'mu': mu, 'nu': nu, 'offdiag': offdiag}
+        changed = {'mu': mu, 'nu': nu, 'offdiag': _padded(offdiag, widest)}
+        if diagnostics:
+            # An edge of weight zero is none; of the others the factors lack the dropped ones.
+            pairs = zip(offdiag, psi, strict=True)
+            changed['dropped_edges'] = sum(jnp.sum((e != 0) & (p == 0)) for e, p in pairs)
+        return direction, changed
 
     def describe(facts: LeafLayout) -> str:
         if not facts.precondition:
             return 'Adam direction'
-        length = math.prod(facts.shape[facts.batch_axes :])
+        bands = band_of(facts)
+        pattern = _PATTERNS.get(bands, f'{bands} bands')
         chains = math.prod(facts.shape[: facts.batch_axes])
-        return f'{_PATTERNS[band]}, {chains} x {length}, order {order}'
+        return f'{pattern}, {chains} x {facts.size}, order {facts.order or order}'
 
     return leafwise.leafwise(
         ScaleBySonewState,
         init_leaf,
         update_leaf,
         layout=layout,
-        stacked={'offdiag': band},
+        stacked={'offdiag': widest},
+        stochastic=('nu', 'offdiag') if stochastic_rounding else (),
+        gathered={'dropped_edges': diagnostics},
         graft=grafting.transformation(graft, b2, layout),
         describe=describe,
     )
@@ -162,7 +199,9 @@ def sonew(
     graft: grafting.Graft = 'adam',
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
+    stochastic_rounding: bool = True,
     layout: layout_lib.Layout = None,
+    diagnostics: bool = False,
     weight_decay: Scalar = 0.0,
     mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -201,9 +240,11 @@ def sonew(
         autoencoder's, whose loss is a sum over 784 pixels; a loss c times as large wants an eps
         c^2 times as large. Far above the squared gradients it leaves the mean of the gradients
         as the direction.
-      band: off-diagonals kept: 0 (diagonal) or 1 (tridiagonal). With
-        ``optax.inject_hyperparams`` all floats may be traced; pass ``static_args=('band',)`` and
-        there also name mu_dtype, stats_dtype, a layout function or a mask, where you give one.
+      band: off-diagonals kept, >= 0: 0 is the diagonal method, 1 the tridiagonal one, more the
+        banded one. Each costs one more array of state; time and workspace grow with its square.
+        A leaf gets no more than its chain has. With ``optax.inject_hyperparams`` all floats may
+        be traced; pass ``static_args=('band',)`` and there also name mu_dtype, stats_dtype, a
+        layout function or a mask, where you give one.
       order: along which axis the chain runs first. 'F': the first, so along the inputs of one
         output neuron of a Flax kernel, and on to the next neuron. 'C': the last.
       edge_tolerance: an edge of the chain whose Schur complement is not above this share of the
@@ -216,9 +257,14 @@ def sonew(
       mu_dtype: dtype in which the mean of the gradients is stored; None: the parameter's.
       stats_dtype: dtype in which the second moment is stored; None: the parameter's, but float32
         at least.
+      stochastic_rounding: whether statistics stored in bfloat16 are rounded stochastically, so
+        that increments below their precision are not lost. Drawn from the step count and the
+        leaf's path: a resumed run draws the same.
       layout: what the shapes do not tell. A mapping from regular expressions, searched for in
         a leaf's path ('encoder/0/kernel'), to `LeafRule`, first match wins; or a function
-        ``(path, leaf) -> LeafRule | None``.
+        ``(path, leaf) -> LeafRule | None``, which may lower a leaf's band but not raise it.
+      diagnostics: whether the state's ``dropped_edges`` counts, leaf by leaf, the edges that the
+        last step dropped. Costs nothing when off.
       weight_decay: decoupled, as in ``optax.adamw``, >= 0.
       mask: which leaves decay, as in ``optax.adamw``.
 
@@ -258,6 +304,8 @@ def sonew(
         graft=graft,
         mu_dtype=mu_dtype,
         stats_dtype=stats_dtype,
+        stochastic_rounding=stochastic_rounding,
         layout=layout,
+        diagnostics=diagnostics,
     )
     return leafwise.chain_learning_rate(direction, learning_rate, weight_decay, mask)

@@ -43,14 +43,33 @@ def damped(h: np.ndarray, eps: float, relative_eps: float = 0.0) -> np.ndarray:
     return h + np.eye(len(h)) * (eps + relative_eps * np.abs(h).sum(axis=1).max(initial=0))
 
 
-def drop_edges(h: np.ndarray, tolerance: float) -> np.ndarray:
-    """A tridiagonal h without the edges whose Schur complement is at most tolerance * a_j."""
-    h = h.copy()
-    kept = h.copy()
-    for j in range(len(h) - 1):
-        if h[j, j] - h[j, j + 1] ** 2 / h[j + 1, j + 1] <= tolerance * h[j, j]:
-            kept[j, j + 1] = kept[j + 1, j] = 0
-    return kept
+def banded_inverse_with_drops(h: np.ndarray, band: int, tolerance: float) -> np.ndarray:
+    """X column by column, with the edges dropped that the tolerance asks for.
+
+    For each entry, those of the next ``band`` entries that the ones before them do not determine
+    take part, as Schur complements tell; then the entry's own Schur complement decides whether
+    it has any edges.
+    """
+    n = len(h)
+    x = np.zeros((n, n))
+    for j in range(n):
+        used: list[int] = []
+        for i in range(j + 1, min(j + band + 1, n)):
+            if schur_complement(h, i, used) > tolerance * h[i, i]:
+                used.append(i)
+        if schur_complement(h, j, used) <= tolerance * h[j, j]:
+            used = []
+        column = np.zeros(n)
+        column[j] = 1
+        column[used] = -np.linalg.solve(h[np.ix_(used, used)], h[used, j])
+        x += np.outer(column, column) / schur_complement(h, j, used)
+    return x
+
+
+def schur_complement(h: np.ndarray, i: int, given: list[int]) -> float:
+    """What is left of h[i, i] once the entries ``given`` are known."""
+    rest = np.linalg.solve(h[np.ix_(given, given)], h[given, i])
+    return h[i, i] - h[i, given] @ rest
 
 
 def moments(
@@ -98,9 +117,9 @@ def sonew_direction(
     """SONew's direction after the gradients of one leaf (no batch axes)."""
     mean, second = moments(grads, b1, b2, order)
     h = damped(band_of(second, band), eps, relative_eps)
-    if band == 1:
-        h = drop_edges(h, edge_tolerance)
-    u = (banded_inverse(h, band) @ mean).reshape(np.shape(grads[0]), order=order)
+    u = (banded_inverse_with_drops(h, band, edge_tolerance) @ mean).reshape(
+        np.shape(grads[0]), order=order
+    )
     if graft is None:
         return u
     w = {

@@ -1,4 +1,4 @@
-"""SONew, tridiagonal; band=0 is the diagonal method."""
+"""SONew, tridiagonal; band=0 is the diagonal method, above 1 the banded one."""
 
 from ml_collections import config_dict
 
@@ -18,6 +18,8 @@ def get_config() -> config_dict.ConfigDict:
             graft='adam',
             mu_dtype=config_dict.placeholder(str),
             stats_dtype=config_dict.placeholder(str),
+            stochastic_rounding=True,
+            diagnostics=False,
             weight_decay=0.0,
         )
     )

@@ -23,35 +23,41 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def _shift(x: jax.Array, axis: int, by: int) -> jax.Array:
+def _pad(x: jax.Array, axis: int, by: int) -> jax.Array:
     """``x`` moved along an axis, zeros behind it."""
     config = [(0, 0, 0)] * x.ndim
     config[axis] = (by, -by, 0)
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
-def _neighbour(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
-    """What stands ``step`` (1 or -1) entries on along the chain; zero past its ends."""
+def _shift(x: jax.Array, axes: Sequence[int], steps: int) -> jax.Array:
+    """What stands ``steps`` entries on (or back, if negative); zero past the chain's ends."""
+    if steps == 0:
+        return x
     if not axes:
         return jnp.zeros_like(x)
     fastest, *slower = axes
-    shifted = _shift(x, fastest, -step)
+    size = x.shape[fastest]
     if not slower:
-        return shifted
-    # Past the border the chain goes on at the other border, one step on along the slower axes:
-    # that row alone is moved over here, the rest is zero, as `shifted` is in its place. The sum
-    # puts them together where a select would need a mask sharded like x, and the array keeps its
-    # full shape where one row could not be sharded.
-    wrapped = _shift(x, fastest, step * (x.shape[fastest] - 1))
-    return shifted + _neighbour(wrapped, slower, step)
+        return jnp.zeros_like(x) if abs(steps) >= size else _pad(x, fastest, -steps)
+    # Past the border the chain goes on at the other border, one line on along the slower axes:
+    # those rows alone are moved over here, the rest is zero, as the other term is in their place.
+    # The sum puts them together where a select would need a mask sharded like x, and the array
+    # keeps its full shape where a few rows could not be sharded.
+    lines, rest = divmod(steps, size)
+    if rest == 0:
+        return _shift(x, slower, lines)
+    inner = _shift(_pad(x, fastest, -rest), slower, lines)
+    return inner + _shift(_pad(x, fastest, size - rest), slower, lines + 1)
 
 
-def successor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The next entry along the chain in place of each entry, zero in place of the last.
+def successor(x: jax.Array, axes: Sequence[int], steps: int = 1) -> jax.Array:
+    """The entry ``steps`` on along the chain in place of each entry, zero past its end.
 
     Args:
       x: array of any shape and numeric dtype.
       axes: the chain's axes, fastest first; the others are batch axes.
+      steps: how far, >= 0.
 
     Returns:
       An array of the shape and dtype of ``x``.
@@ -61,15 +67,16 @@ def successor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
       >>> successor(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
       [[2, 4, 6], [3, 5, 0]]
     """
-    return _neighbour(x, axes, 1)
+    return _shift(x, axes, steps)
 
 
-def predecessor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The entry before along the chain in place of each entry, zero in place of the first.
+def predecessor(x: jax.Array, axes: Sequence[int], steps: int = 1) -> jax.Array:
+    """The entry ``steps`` before along the chain in place of each entry, zero before its start.
 
     Args:
       x: array of any shape and numeric dtype.
       axes: the chain's axes, fastest first; the others are batch axes.
+      steps: how far, >= 0.
 
     Returns:
       An array of the shape and dtype of ``x``.
@@ -79,7 +86,7 @@ def predecessor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
       >>> predecessor(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
       [[0, 2, 4], [1, 3, 5]]
     """
-    return _neighbour(x, axes, -1)
+    return _shift(x, axes, -steps)
 
 
 def to_line(x: jax.Array, axes: Sequence[int]) -> jax.Array:

@@ -61,8 +61,8 @@ def damp(
     if checks.is_static_zero(relative_eps):
         return damped
     row_sum = diag
-    for edge in offdiag:
-        row_sum = row_sum + jnp.abs(edge) + chain.predecessor(jnp.abs(edge), axes)
+    for k, edge in enumerate(offdiag, 1):
+        row_sum = row_sum + jnp.abs(edge) + chain.predecessor(jnp.abs(edge), axes, k)
     return damped + relative_eps * jnp.max(row_sum, axis=tuple(axes), keepdims=True)
 
 

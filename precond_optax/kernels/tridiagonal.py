@@ -14,6 +14,7 @@ The band of inv(X) is the band of H (the optimality condition), edges dropped as
 
 The verbs are those of every sparsity pattern: ``accumulate``, ``factor``, ``apply``,
 ``to_dense``. ``offdiag`` and ``psi`` are tuples with one array for each off-diagonal: here one.
+All but ``factor``, which needs no solve here, are those of `kernels/banded.py`.
 
 References:
   Devvrit et al., `A Computationally Efficient Sparsified Online Newton Method
@@ -29,40 +30,9 @@ import jax.numpy as jnp
 
 from precond_optax.checks import Scalar
 from precond_optax.kernels import chain, diagonal
+from precond_optax.kernels.banded import accumulate, apply, to_dense
 
-
-def accumulate(
-    grad: jax.Array,
-    diag: jax.Array,
-    offdiag: tuple[jax.Array, ...],
-    *,
-    b2: Scalar,
-    axes: Sequence[int],
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Moves the kept entries of the running mean of g g^T one step on.
-
-    Args:
-      grad: the gradient, of any shape.
-      diag: the diagonal, of the gradient's shape.
-      offdiag: one array of the gradient's shape: at entry j the product with entry j+1, zero at
-        the last entry of a chain.
-      b2: decay of the mean, in [0, 1).
-      axes: the chain's axes, fastest first.
-
-    Returns:
-      The new ``diag`` and ``offdiag``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> zeros = jnp.zeros(3)
-      >>> diag, (edge,) = accumulate(jnp.array([1.0, 2, 4]), zeros, (zeros,), b2=0.5, axes=(0,))
-      >>> diag.tolist(), edge.tolist()
-      ([0.5, 2.0, 8.0], [1.0, 4.0, 0.0])
-    """
-    (edge,) = offdiag
-    diag = b2 * diag + (1 - b2) * grad * grad
-    edge = b2 * edge + (1 - b2) * grad * chain.successor(grad, axes)
-    return diag, (edge,)
+__all__ = ['accumulate', 'apply', 'factor', 'to_dense']
 
 
 def factor(
@@ -103,51 +73,3 @@ def factor(
     # Written so that a NaN (inf/inf, after an overflow) drops the edge as well.
     keep = schur > edge_tolerance * damped
     return (jnp.where(keep, psi, 0),), jnp.where(keep, schur, damped)
-
-
-def apply(
-    psi: tuple[jax.Array, ...], schur: jax.Array, x: jax.Array, *, axes: Sequence[int]
-) -> jax.Array:
-    """X x, by the factors: ``y = L^T x``, ``z = y / S``, ``L z``.
-
-    Args:
-      psi: from ``factor``.
-      schur: from ``factor``.
-      x: array of the same shape, as a rule the bias-corrected momentum.
-      axes: the chain's axes, fastest first.
-
-    Returns:
-      X x, of the shape of ``x``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> psi, schur = (jnp.array([0.5, 0]),), jnp.array([1.5, 2])
-      >>> apply(psi, schur, jnp.array([3.0, 3]), axes=(0,)).tolist()  # inv([[2, 1], [1, 2]]) @ x
-      [1.0, 1.0]
-    """
-    (ratio,) = psi
-    z = (x - ratio * chain.successor(x, axes)) / schur
-    return z - chain.predecessor(ratio * z, axes)
-
-
-def to_dense(psi: tuple[jax.Array, ...], schur: jax.Array, *, axes: Sequence[int]) -> jax.Array:
-    """X as a matrix. For tests and small n.
-
-    Args:
-      psi: from ``factor``.
-      schur: from ``factor``.
-      axes: the chain's axes, fastest first.
-
-    Returns:
-      An array of shape (batch axes..., n, n), in chain order.
-    """
-    (ratio,) = psi
-    inverse_schur = 1 / chain.to_line(schur, axes)
-    line = chain.to_line(ratio, axes)
-    n = line.shape[-1]
-    below = jnp.eye(n, k=-1, dtype=line.dtype)
-    # Column j of `lower` holds -psi_j in row j+1.
-    lower = jnp.eye(n, dtype=line.dtype) - below * line[..., None, :]
-    return jnp.einsum(
-        '...ij,...j,...kj->...ik', lower, inverse_schur, lower, precision=jax.lax.Precision.HIGHEST
-    )
