@@ -60,6 +60,13 @@ CASES = (
         static_args=('band',),
     ),
     Case(
+        'sonew_band_4',
+        precond_optax.sonew,
+        keywords={'band': 4, **_EPS},
+        static_args=('band',),
+        state_arrays=6,
+    ),
+    Case(
         'sonew_order_c',
         precond_optax.sonew,
         keywords={**_EPS, 'order': 'C', 'weight_decay': 1e-4, 'relative_eps': 1e-6},

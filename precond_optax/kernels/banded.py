@@ -27,6 +27,7 @@ References:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +67,11 @@ def accumulate(
       ([0.5, 2.0, 8.0], [1.0, 4.0, 0.0], [2.0, 0.0, 0.0])
     """
     diag = b2 * diag + (1 - b2) * grad * grad
-    offdiag = tuple(
-        b2 * edge + (1 - b2) * grad * chain.successor(grad, axes, k)
-        for k, edge in enumerate(offdiag, 1)
-    )
-    return diag, offdiag
+    edges, later = [], grad
+    for edge in offdiag:
+        later = chain.successor(later, axes)
+        edges.append(b2 * edge + (1 - b2) * grad * later)
+    return diag, tuple(edges)
 
 
 def factor(
@@ -133,10 +134,11 @@ def _solve_unrolled(
     scaled: dict[tuple[int, int], jax.Array] = {}  # L_qp D_pp, below the diagonal
     rhs: list[jax.Array] = []  # y = L^-1 H[I_j, j]
     schur = a
+    later = [a, *offdiag]
     for p in range(size):
-        # Row p of H[I_j, I_j] is what H holds at entry j+p+1: arrays shifted by p+1.
-        diag = chain.successor(a, axes, p + 1)
-        column = {q: chain.successor(offdiag[q - p - 1], axes, p + 1) for q in range(p + 1, size)}
+        # Row p of H[I_j, I_j] is what H holds at entry j+p+1: p+1 steps on.
+        later = [chain.successor(x, axes) for x in later[: size - p]]
+        diag, column = later[0], dict(enumerate(later[1:], p + 1))
         pivot, y = diag, offdiag[p]
         for i in range(p):
             lower = scaled[p, i] * inverse[i]
@@ -160,12 +162,12 @@ def _solve_looped(
 ) -> tuple[list[jax.Array], jax.Array]:
     """The same by Gauss-Jordan elimination of H on I_j and j, j last, in a compiled loop."""
     size = len(offdiag)
-
-    def entry(p: int, q: int) -> jax.Array:
-        first, lag = min(p, q), abs(p - q)
-        return chain.successor(offdiag[lag - 1] if lag else a, axes, first + 1)
-
-    rows = [[entry(p, q) for q in range(size)] + [offdiag[p]] for p in range(size)]
+    later = [a, *offdiag]
+    rows: list[list[Any]] = [[None] * size + [edge] for edge in offdiag]
+    for p in range(size):
+        later = [chain.successor(x, axes) for x in later[: size - p]]
+        for lag, x in enumerate(later):
+            rows[p][p + lag] = rows[p + lag][p] = x
     matrix = jnp.stack([jnp.stack(row) for row in [*rows, [*offdiag, a]]])
     diags = jnp.stack([rows[p][p] for p in range(size)])
 
@@ -201,14 +203,12 @@ def apply(
       >>> apply(psi, schur, jnp.array([3.0, 3]), axes=(0,)).tolist()  # inv([[2, 1], [1, 2]]) @ x
       [1.0, 1.0]
     """
-    y = x
-    for k, ratio in enumerate(psi, 1):
-        y = y - ratio * chain.successor(x, axes, k)
+    y, later = x, x
+    for ratio in psi:
+        later = chain.successor(later, axes)
+        y = y - ratio * later
     z = y / schur
-    u = z
-    for k, ratio in enumerate(psi, 1):
-        u = u - chain.predecessor(ratio * z, axes, k)
-    return u
+    return z - chain.sum_of_predecessors([ratio * z for ratio in psi], axes) if psi else z
 
 
 def to_dense(psi: tuple[jax.Array, ...], schur: jax.Array, *, axes: Sequence[int]) -> jax.Array:

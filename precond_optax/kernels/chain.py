@@ -11,9 +11,8 @@ and ``successor(x, (0, 1))`` is, in place of each entry, the next one along the 
     x00 x01 x02       x10 x11 x12
     x10 x11 x12   ->  x01 x02 0
 
-Flattening a sharded array makes XLA gather it. A shift by ``lax.pad`` with a negative edge on
-one side and a positive one on the other moves the border only, and is the one form of a shift
-that explicitly sharded axes take as well.
+Flattening a sharded array makes XLA gather it. A roll along an axis moves the border only, in a
+ring of shards; so does the shift of the border row along the slower axes.
 """
 
 from collections.abc import Sequence
@@ -23,41 +22,43 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def _pad(x: jax.Array, axis: int, by: int) -> jax.Array:
-    """``x`` moved along an axis, zeros behind it."""
-    config = [(0, 0, 0)] * x.ndim
-    config[axis] = (by, -by, 0)
-    return lax.pad(x, jnp.zeros((), x.dtype), config)
-
-
-def _shift(x: jax.Array, axes: Sequence[int], steps: int) -> jax.Array:
-    """What stands ``steps`` entries on (or back, if negative); zero past the chain's ends."""
-    if steps == 0:
-        return x
+def _neighbour(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
+    """What stands ``step`` (1 or -1) entries on along the chain; zero past its ends."""
     if not axes:
         return jnp.zeros_like(x)
     fastest, *slower = axes
     size = x.shape[fastest]
     if not slower:
-        return jnp.zeros_like(x) if abs(steps) >= size else _pad(x, fastest, -steps)
-    # Past the border the chain goes on at the other border, one line on along the slower axes:
-    # those rows alone are moved over here, the rest is zero, as the other term is in their place.
-    # The sum puts them together where a select would need a mask sharded like x, and the array
-    # keeps its full shape where a few rows could not be sharded.
-    lines, rest = divmod(steps, size)
-    if rest == 0:
-        return _shift(x, slower, lines)
-    inner = _shift(_pad(x, fastest, -rest), slower, lines)
-    return inner + _shift(_pad(x, fastest, size - rest), slower, lines + 1)
+        config = [(0, 0, 0)] * x.ndim
+        config[fastest] = (-step, step, 0)
+        return lax.pad(x, jnp.zeros((), x.dtype), config)
+    if size == 1:
+        return _neighbour(x, slower, step)
+    # Past the border the chain goes on at the other border, where the roll takes it, but one step
+    # on along the slower axes. One roll moves one face of a shard; a shift by padding and another
+    # one for the border row would move two.
+    rolled = jnp.roll(x, -step, fastest)
+    border = lax.broadcasted_iota(jnp.int32, x.shape, fastest) == (size - 1 if step == 1 else 0)
+    return jnp.where(border, _neighbour(rolled, slower, step), rolled)
 
 
-def successor(x: jax.Array, axes: Sequence[int], steps: int = 1) -> jax.Array:
-    """The entry ``steps`` on along the chain in place of each entry, zero past its end.
+def _neighbour_anywhere(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
+    """The same where the mesh has explicit axes, along which rolls and masks have no rule."""
+    explicit = jax.sharding.get_abstract_mesh().explicit_axes
+    if not explicit:
+        return _neighbour(x, axes, step)
+    in_auto_mode = jax.sharding.auto_axes(
+        lambda x: _neighbour(x, axes, step), axes=explicit, out_sharding=jax.typeof(x).sharding
+    )
+    return in_auto_mode(x)
+
+
+def successor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The next entry along the chain in place of each entry, zero in place of the last.
 
     Args:
       x: array of any shape and numeric dtype.
       axes: the chain's axes, fastest first; the others are batch axes.
-      steps: how far, >= 0.
 
     Returns:
       An array of the shape and dtype of ``x``.
@@ -67,16 +68,15 @@ def successor(x: jax.Array, axes: Sequence[int], steps: int = 1) -> jax.Array:
       >>> successor(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
       [[2, 4, 6], [3, 5, 0]]
     """
-    return _shift(x, axes, steps)
+    return _neighbour_anywhere(x, axes, 1)
 
 
-def predecessor(x: jax.Array, axes: Sequence[int], steps: int = 1) -> jax.Array:
-    """The entry ``steps`` before along the chain in place of each entry, zero before its start.
+def predecessor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The entry before along the chain in place of each entry, zero in place of the first.
 
     Args:
       x: array of any shape and numeric dtype.
       axes: the chain's axes, fastest first; the others are batch axes.
-      steps: how far, >= 0.
 
     Returns:
       An array of the shape and dtype of ``x``.
@@ -86,7 +86,31 @@ def predecessor(x: jax.Array, axes: Sequence[int], steps: int = 1) -> jax.Array:
       >>> predecessor(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
       [[0, 2, 4], [1, 3, 5]]
     """
-    return _shift(x, axes, -steps)
+    return _neighbour_anywhere(x, axes, -1)
+
+
+def sum_of_predecessors(arrays: Sequence[jax.Array], axes: Sequence[int]) -> jax.Array:
+    """The first array's entry one before, and the second's two before, and so on, added up.
+
+    By Horner's rule: as many single steps as there are arrays, each over one border.
+
+    Args:
+      arrays: one or more, of one shape and dtype.
+      axes: the chain's axes, fastest first; the others are batch axes.
+
+    Returns:
+      An array of that shape and dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> ones, tens = jnp.array([1, 2, 3, 4]), jnp.array([10, 20, 30, 40])
+      >>> sum_of_predecessors([ones, tens], axes=(0,)).tolist()
+      [0, 1, 12, 23]
+    """
+    *nearer, total = arrays
+    for x in reversed(nearer):
+        total = x + predecessor(total, axes)
+    return predecessor(total, axes)
 
 
 def to_line(x: jax.Array, axes: Sequence[int]) -> jax.Array:

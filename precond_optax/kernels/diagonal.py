@@ -61,8 +61,10 @@ def damp(
     if checks.is_static_zero(relative_eps):
         return damped
     row_sum = diag
-    for k, edge in enumerate(offdiag, 1):
-        row_sum = row_sum + jnp.abs(edge) + chain.predecessor(jnp.abs(edge), axes, k)
+    for edge in offdiag:
+        row_sum = row_sum + jnp.abs(edge)
+    if offdiag:
+        row_sum = row_sum + chain.sum_of_predecessors([jnp.abs(e) for e in offdiag], axes)
     return damped + relative_eps * jnp.max(row_sum, axis=tuple(axes), keepdims=True)
 
 

@@ -43,6 +43,17 @@ def test_shifts_equal_those_of_the_flattened_chain(drawn):
 
 
 @given(arrays_and_axes())
+def test_sum_of_predecessors_is_the_sum_of_shifts(drawn):
+    x, axes, batch, order = drawn
+    arrays = [x, 100 * x, 10_000 * x]
+    expected, moved = 0, arrays
+    for k in range(3):
+        moved = [shifted(m, batch, order, -1) for m in moved]
+        expected = expected + moved[k]
+    np.testing.assert_array_equal(chain.sum_of_predecessors(arrays, axes), expected)
+
+
+@given(arrays_and_axes())
 def test_line_is_the_flattened_chain(drawn):
     x, axes, batch, order = drawn
     line = np.asarray(chain.to_line(jnp.asarray(x), axes))
