@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import precond_optax
+from precond_optax import state_sharding
+from tests import cases
 
 SHAPES = {'matrix': (16, 8), '3d': (8, 2, 8), 'vector': (8,)}
 # Over a mesh (4, 2); with two processes 'x' crosses from one to the other.
@@ -27,16 +28,8 @@ LAYOUTS = {
     'both': {'matrix': P('x', 'y'), '3d': P('x', None, 'y'), 'vector': P(('x', 'y'))},
     'turned': {'matrix': P('y', 'x'), '3d': P(None, 'y', 'x'), 'vector': P()},
 }
-EPS = 0.1  # well above rounding; see `cases.py`
-METHODS = {
-    'band_1': {'band': 1},
-    'order_c_graft': {'band': 1, 'order': 'C', 'graft': 'rmsprop_normalized'},
-}
+METHODS = ('sonew', 'sonew_graft_rmsprop')  # rows of `cases.py`
 BEFORE, AFTER = 3, 5  # steps before the checkpoint, and in all
-
-
-def make(method):
-    return precond_optax.sonew(1e-2, eps=EPS, **METHODS[method])
 
 
 def make_mesh(devices):
@@ -58,14 +51,14 @@ def tree(seed, mesh, layout):
 
 
 def begin(method, mesh, layout):
-    tx, params = make(method), tree(0, mesh, layout)
-    shardings = precond_optax.state_sharding(tx, params)
+    tx, params = cases.BY_NAME[method].make(), tree(0, mesh, layout)
+    shardings = state_sharding(tx, params)
     return params, jax.jit(tx.init, out_shardings=shardings)(params)
 
 
 def train(method, mesh, layout, carry, steps):
     """The parameters and the state after some steps."""
-    tx = make(method)
+    tx = cases.BY_NAME[method].make()
 
     @jax.jit
     def step(params, state, grads):
@@ -101,8 +94,8 @@ def save(path, carry):
 
 
 def restore(path, method, mesh, layout):
-    tx, params = make(method), tree(0, mesh, layout)
-    shardings = precond_optax.state_sharding(tx, params)
+    tx, params = cases.BY_NAME[method].make(), tree(0, mesh, layout)
+    shardings = state_sharding(tx, params)
     like = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         (params, jax.eval_shape(tx.init, params)),

@@ -217,6 +217,17 @@ def test_parameters_in_lists():
         assert tree == [p.sharding for p in params]
 
 
+def test_the_longest_path_is_the_parameters():
+    mesh = make_mesh(AxisType.Auto)
+    specs = {'kernel': P('x'), 'layer': {'kernel': P('y'), 'layer': {'kernel': P('x', 'y')}}}
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    params = jax.tree.map(
+        lambda sharding: jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=sharding), shardings
+    )
+    state = state_sharding(sonew(1e-3), params)[0]
+    assert state.mu == state.nu == state.offdiag[0] == shardings
+
+
 def test_leaves_without_offdiagonals_stay_masked():
     mesh = make_mesh(AxisType.Auto)
     params = place(checks.random_tree(0, shapes=SHAPES), mesh)
