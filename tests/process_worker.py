@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -51,14 +50,14 @@ def tree(seed, mesh, layout):
 
 
 def begin(method, mesh, layout):
-    tx, params = cases.BY_NAME[method].make(), tree(0, mesh, layout)
+    tx, params = cases.BY_NAME[method].make(0.1), tree(0, mesh, layout)
     shardings = state_sharding(tx, params)
     return params, jax.jit(tx.init, out_shardings=shardings)(params)
 
 
 def train(method, mesh, layout, carry, steps):
     """The parameters and the state after some steps."""
-    tx = cases.BY_NAME[method].make()
+    tx = cases.BY_NAME[method].make(0.1)
 
     @jax.jit
     def step(params, state, grads):
@@ -82,9 +81,11 @@ def share_held(carry):
 
 def gather(carry):
     """Whole arrays in each process, by path."""
+    mesh = jax.tree.leaves(carry)[0].sharding.mesh
+    whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))(carry)
     return {
-        jax.tree_util.keystr(path): np.asarray(multihost_utils.process_allgather(x, tiled=True))
-        for path, x in jax.tree_util.tree_leaves_with_path(carry)
+        jax.tree_util.keystr(path): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(whole)
     }
 
 
@@ -94,7 +95,7 @@ def save(path, carry):
 
 
 def restore(path, method, mesh, layout):
-    tx, params = cases.BY_NAME[method].make(), tree(0, mesh, layout)
+    tx, params = cases.BY_NAME[method].make(0.1), tree(0, mesh, layout)
     shardings = state_sharding(tx, params)
     like = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -95,9 +95,15 @@ def test_a_device_holds_its_share(kind, name):
     with jax.set_mesh(mesh):
         params = place(whole, mesh)
         shardings = state_sharding(tx, params)
-        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        init = jax.jit(tx.init, out_shardings=shardings).lower(params).compile()
+        state = init(params)
         wanted = dict.fromkeys(jax.devices(), share(state, mesh))
         assert bytes_by_device(state) == wanted
+        # And no more on the way there: 8 bytes are a pointer to each result.
+        memory, pointers = init.memory_analysis(), 8 * len(jax.tree.leaves(state))
+        assert memory.output_size_in_bytes + memory.temp_size_in_bytes <= (
+            share(state, mesh) + pointers
+        )
         assert jax.tree.structure(state) == jax.tree.structure(shardings)
         assert jax.tree.map(lambda x: x.sharding, state) == shardings
         if kind is AxisType.Explicit and name in AUTO_UPDATE_ONLY:
