@@ -3,6 +3,7 @@
 from precond_optax.grafting import Graft
 from precond_optax.layout import Layout, LeafRule
 from precond_optax.plan import LeafPlan, Plan, plan
+from precond_optax.sharding import state_sharding
 from precond_optax.sonew import ScaleBySonewState, scale_by_sonew, sonew
 
 __version__ = '0.1.0'
@@ -17,4 +18,5 @@ __all__ = [
     'plan',
     'scale_by_sonew',
     'sonew',
+    'state_sharding',
 ]

@@ -55,6 +55,27 @@ def path_string(path: Path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator='/') or '(root)'
 
 
+def owners(state: optax.OptState, params: optax.Params) -> list[int | None]:
+    """For each leaf of a state, the number of the parameter that it belongs to, or None.
+
+    States mirror the parameters' tree, so that is the one whose path ends the leaf's, the longest
+    where several do; a scalar belongs to scalars alone. (``optax.tree.map_params`` hands ``init``
+    a tree without leaves, which ``optax.lbfgs`` does not take, having to read a dtype.)
+    """
+    with_paths = jax.tree_util.tree_leaves_with_path(params)
+    numbers = {path: number for number, (path, _) in enumerate(with_paths)}
+    found: list[int | None] = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        ends = (numbers.get(path[start:]) for start in range(len(path) + 1))
+        owner = next((number for number in ends if number is not None), None)
+        # Such as the count beside parameters that are one array, whose path is empty, or an
+        # injected hyperparameter of a parameter's name.
+        if owner is not None and not jnp.shape(leaf) and jnp.shape(with_paths[owner][1]):
+            owner = None
+        found.append(owner)
+    return found
+
+
 def _leaves(tree: Any, layout: layout_lib.Layout) -> tuple[list[Any], list[LeafLayout], Any]:
     """The leaves, their layouts and the tree's structure."""
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)

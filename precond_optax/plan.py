@@ -101,8 +101,7 @@ def plan(tx: optax.GradientTransformation, params: optax.Params) -> Plan:
     the very transformation you train with, chained, masked or partitioned as it is.
 
     Args:
-      tx: a transformation that ``optax.tree.map_params`` takes, which is nearly any; those of
-        this package say what they do with a leaf.
+      tx: any transformation; those of this package say what they do with a leaf.
       params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
@@ -118,9 +117,7 @@ def plan(tx: optax.GradientTransformation, params: optax.Params) -> Plan:
       >>> table.leaves[0].treatment, table.state_bytes, table.adam_bytes
       ('tridiagonal, 1 x 16777216, order F', 201326596, 134217728)
     """
-    with_paths: list[Any]
-    treedef: Any
-    with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    with_paths = jax.tree_util.tree_leaves_with_path(params)
     paths = [leafwise.path_string(path) for path, _ in with_paths]
     records: list[leafwise.Record] = []
     with leafwise.recording(records):
@@ -130,23 +127,13 @@ def plan(tx: optax.GradientTransformation, params: optax.Params) -> Plan:
     for record in records:
         for facts, treatment in record.leaves:
             said[facts.path].append((facts, treatment))
-    cost = dict.fromkeys(paths, 0)
-
-    def add(leaf: Any, path: str) -> Any:
-        if not isinstance(leaf, optax.MaskedNode):
-            cost[path] += _bytes(leaf)
-        return leaf
-
-    optax.tree.map_params(
-        tx,
-        add,
-        state,
-        treedef.unflatten(paths),
-        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
-    )
+    cost = [0] * len(paths)
+    for leaf, owner in zip(jax.tree.leaves(state), leafwise.owners(state, params), strict=True):
+        if owner is not None:
+            cost[owner] += _bytes(leaf)
     total = sum(_bytes(leaf) for leaf in jax.tree.leaves(state))
     leaves = []
-    for path, (_, leaf) in zip(paths, with_paths, strict=True):
+    for path, (_, leaf), state_bytes in zip(paths, with_paths, cost, strict=True):
         leaves.append(
             LeafPlan(
                 path=path,
@@ -154,9 +141,9 @@ def plan(tx: optax.GradientTransformation, params: optax.Params) -> Plan:
                 dtype=jnp.result_type(leaf).name,
                 treatment=' + '.join(text for _, text in said[path]) or 'not ours',
                 reason=' + '.join(facts.reason for facts, _ in said[path]),
-                state_bytes=cost[path],
+                state_bytes=state_bytes,
                 adam_bytes=2 * _bytes(leaf),
             )
         )
     unmatched = tuple(pattern for record in records for pattern in record.unmatched)
-    return Plan(tuple(leaves), total - sum(cost.values()), unmatched)
+    return Plan(tuple(leaves), total - sum(cost), unmatched)

@@ -74,6 +74,25 @@ def test_two_of_ours_on_a_leaf_are_both_named():
     assert leaf.treatment == 'tridiagonal, 1 x 6, order F'
 
 
+def test_a_memory_belongs_to_its_parameter():
+    (leaf,) = precond_optax.plan(optax.lbfgs(3), {'k': jnp.zeros((3, 2))}).leaves
+    # params, updates and the line search's gradient, and two memories of 10
+    assert leaf.state_bytes == 4 * 6 * (3 + 2 * 10)
+
+
+def test_shared_bytes_when_parameters_are_one_array():
+    table = precond_optax.plan(precond_optax.sonew(1e-3), jnp.zeros((3, 2)))
+    assert (table.leaves[0].state_bytes, table.shared_bytes) == (3 * 24, 4)
+    assert table.leaves[0].path == '(root)'
+
+
+def test_hyperparameters_of_a_parameters_name_are_shared():
+    tx = optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.9)
+    table = precond_optax.plan(tx, {'momentum': jnp.zeros(3), 'b1': jnp.zeros(2)})
+    assert [leaf.state_bytes for leaf in table.leaves] == [8, 12]
+    assert table.shared_bytes == 4 + 2 * 4
+
+
 def test_rules_that_match_nothing_are_named():
     layout = {'embeding': LeafRule(precondition=False), **LAYOUT}
     table = precond_optax.plan(precond_optax.sonew(1e-3, layout=layout), PARAMS)

@@ -1,0 +1,117 @@
+"""Where the state goes: beside the parameters, from the start."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from precond_optax import leafwise
+
+
+def state_sharding(tx: optax.GradientTransformation, params: optax.Params) -> Any:
+    """The shardings of ``tx.init(params)`` that belong to those of the parameters.
+
+    In a mesh with Auto axes ``jax.jit(tx.init)(params)`` holds a whole copy of the state on every
+    device, for Adam as for any other; with these as its ``out_shardings`` it never does. They are
+    also the target on which a checkpoint of the state is restored.
+
+    A leaf of the state shaped like its parameter gets the parameter's sharding. One of another
+    shape (``optax.adafactor``, ``optax.lbfgs``) is sharded along the axes that it has in common
+    with the parameter, by their sizes, and replicated if these do not tell. What belongs to no
+    parameter (counts, hyperparameters, random keys) is replicated.
+
+    Nothing is computed and nothing allocated: ``tx.init`` is only traced.
+
+    Args:
+      tx: any transformation, chained, masked, partitioned or wrapped as it is.
+      params: the parameters, ``jax.Array`` or ``jax.ShapeDtypeStruct``, with shardings: all
+        ``NamedSharding`` in one mesh, or all on one and the same device.
+
+    Returns:
+      A tree of shardings with the structure of ``tx.init(params)``.
+
+    Raises:
+      ValueError: if a leaf has no such sharding or not the others' mesh, with its path; if there
+        are no leaves; at a leaf that ``tx`` does not take.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, precond_optax
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((jax.device_count(),), ('x',))
+      >>> params = jax.device_put({'kernel': jnp.ones((16, 8))}, NamedSharding(mesh, P('x')))
+      >>> tx = precond_optax.sonew(1e-3)
+      >>> shardings = precond_optax.state_sharding(tx, params)
+      >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
+      >>> state[0].mu['kernel'].sharding.spec, state[0].count.sharding.spec
+      (P('x',), P())
+    """
+    leaves = jax.tree.leaves(params)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
+    replicated = _replicated(params)
+    state = jax.eval_shape(tx.init, shapes)
+    shardings = [
+        replicated if owner is None else _follow(leaf.shape, leaves[owner])
+        for leaf, owner in zip(jax.tree.leaves(state), leafwise.owners(state, shapes), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(state), shardings)
+
+
+def _replicated(params: optax.Params) -> Sharding:
+    """A whole copy on each device of the parameters' mesh, after checking that there is one."""
+    first: tuple[str, Sharding] | None = None
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name, sharding = leafwise.path_string(path), getattr(leaf, 'sharding', None)
+        if isinstance(sharding, NamedSharding):
+            whole: Sharding = NamedSharding(sharding.mesh, PartitionSpec())
+        elif isinstance(sharding, SingleDeviceSharding):
+            whole = SingleDeviceSharding(next(iter(sharding.device_set)))
+        else:
+            raise ValueError(
+                f'{name}: a {type(leaf).__name__} with sharding {sharding}; '
+                'a NamedSharding or SingleDeviceSharding is needed'
+            )
+        first = first or (name, whole)
+        if whole != first[1]:
+            raise ValueError(
+                f'{name}: on {_where(whole)}, but {first[0]} is on {_where(first[1])}; '
+                'all parameters must be in one mesh or on one device'
+            )
+    if first is None:
+        raise ValueError('params has no leaves, so the state has no sharding to follow')
+    return first[1]
+
+
+def _where(sharding: Sharding) -> str:
+    return str(sharding.mesh if isinstance(sharding, NamedSharding) else sharding)
+
+
+def _follow(shape: tuple[int, ...], param: Any) -> Sharding:
+    """The sharding of a leaf of this shape that belongs to ``param``."""
+    sharding = param.sharding
+    if shape == param.shape or not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = tuple(sharding.spec) + (None,) * (len(param.shape) - len(sharding.spec))
+    common = _common(shape, param.shape, spec)
+    return NamedSharding(sharding.mesh, common, memory_kind=sharding.memory_kind)
+
+
+def _common(
+    shape: tuple[int, ...], param_shape: tuple[int, ...], spec: tuple[Any, ...]
+) -> PartitionSpec:
+    """The parameter's spec along the axes in common, as many as can be, in the same order."""
+    ndim = len(param_shape)
+    if ndim and shape[-ndim:] == param_shape:  # a stack of arrays like the parameter
+        return PartitionSpec(*(None,) * (len(shape) - ndim), *spec)
+    for count in range(min(len(shape), ndim), 0, -1):
+        found = set()
+        for ours in itertools.combinations(range(len(shape)), count):
+            for theirs in itertools.combinations(range(ndim), count):
+                if all(shape[i] == param_shape[j] for i, j in zip(ours, theirs, strict=True)):
+                    entry = {i: spec[j] for i, j in zip(ours, theirs, strict=True)}
+                    found.add(tuple(entry.get(i) for i in range(len(shape))))
+        if found:
+            return PartitionSpec(*found.pop()) if len(found) == 1 else PartitionSpec()
+    return PartitionSpec()
