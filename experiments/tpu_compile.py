@@ -77,6 +77,8 @@ def pod_mesh(topology: str = 'v5e:16x16') -> Mesh:
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
     os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-256')
     os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+    # The chips are nobody's: others may compile at the same time.
+    os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
     described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
     shape = tuple(int(size) for size in topology.split(':')[1].split('x'))
     return Mesh(
@@ -133,7 +135,7 @@ def compile_step(tx: optax.GradientTransformation, params: Any) -> jax.stages.Co
 
 
 def border(leaf: Any, depth: int = 1) -> int:
-    """Bytes of the faces of a chip's shard, both sides, ``depth`` deep, along each sharded axis."""
+    """Bytes of the faces of a shard, both sides, ``depth`` deep, along each sharded axis."""
     shard = leaf.sharding.shard_shape(leaf.shape)
     faces = (
         depth * math.prod(shard) // own

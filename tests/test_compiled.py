@@ -11,8 +11,9 @@ from tests.compiled import collectives, sent
 # As libtpu 0.0.52 writes them for v5e (an all-reduce of norms) and v6e (asynchronous pairs).
 ALL_REDUCE = """
   %all-reduce.2 = (f32[16]{0:T(128)S(1)}, f32[16]{0:T(128)S(1)}) \
-all-reduce(%get-tuple-element.15, %get-tuple-element.12), channel_id=14, replica_groups=mesh['axis_0'=16,'axis_1'=16] \
-{'axis_0','axis_1'}, use_global_device_ids=true, to_apply=%region_1.2.clone
+all-reduce(%get-tuple-element.15, %get-tuple-element.12), channel_id=14, \
+replica_groups=mesh['axis_0'=16,'axis_1'=16] {'axis_0','axis_1'}, \
+use_global_device_ids=true, to_apply=%region_1.2.clone
   %fusion = f32[256,256]{1,0:T(8,128)} fusion(%copy-done, %all-reduce.2), kind=kOutput
 """
 PERMUTE = """
