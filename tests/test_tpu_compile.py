@@ -40,7 +40,8 @@ def test_the_language_model_fits_and_only_borders_move(params, band):
     # Parameters, gradients and 2 + band arrays of state, 1 % for padding; beside them no more
     # than one array, and two for each off-diagonal.
     assert facts.arguments <= 1.01 * (4 + band) * SHARE
-    assert facts.donated >= (3 + band) * SHARE  # all but the gradients is written in place
+    # All but the gradients is written in place.
+    assert facts.donated >= 0.99 * (facts.arguments - SHARE)
     assert facts.held <= (5 + 3 * band) * SHARE
     check_collectives(facts, params, band)
 
