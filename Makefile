@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test lint test-slow benchmark clean
+.PHONY: demo test lint test-slow test-tpu-compile tpu-compile benchmark clean
 
 demo: $(VENV)/experiments.stamp
 	rm -rf $(DEMO)
@@ -18,7 +18,7 @@ demo: $(VENV)/experiments.stamp
 	@$(BIN)/python -m experiments.report $(DEMO) --output=$(DEMO)/report
 
 test: lint
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow and not tpu_compile"
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -27,6 +27,13 @@ lint: $(VENV)/test.stamp
 
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow
+
+# What the TPU compiler makes of a step on 256 chips; needs no TPU.
+test-tpu-compile: $(VENV)/tpu-compile.stamp
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_compile -s
+
+tpu-compile: $(VENV)/tpu-compile.stamp
+	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.tpu_compile
 
 benchmark: $(VENV)/experiments.stamp
 	$(BIN)/python -m experiments.benchmark
@@ -44,4 +51,8 @@ $(VENV)/experiments.stamp: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[experiments,test]'
+	touch $@
+
+$(VENV)/tpu-compile.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[experiments,test,tpu-compile]'
 	touch $@

@@ -1,8 +1,5 @@
 """What the compiler makes of a sharded step: only borders move."""
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,22 +7,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import precond_optax
-
-COLLECTIVES = 'all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter'
-
-
-def collectives(text):
-    """The kinds and the bytes of all collectives of a compiled text."""
-    found = []
-    for result, kind in re.findall(rf'= (\(.*?\)|\S+) ({COLLECTIVES})(?:-start)?\(', text):
-        arrays = re.findall(r'([a-z]+)(\d*)\w*\[([\d,]*)\]', result)
-        found.append((kind, sum(_bytes(*array) for array in arrays)))
-    return found
-
-
-def _bytes(kind, bits, shape):
-    entries = math.prod(int(d) for d in shape.split(',') if d)
-    return entries * (1 if kind == 'pred' else int(bits) // 8)
+from tests.compiled import collectives
 
 
 @pytest.mark.parametrize('order', ['F', 'C'])
@@ -59,15 +41,3 @@ def test_only_borders_move(shape, spec, order):
     # Four shifted arrays (g, a, m, psi z), each by no more than its faces.
     moved = sum(size for kind, size in found if kind == 'collective-permute')
     assert moved <= 4 * 3 * border
-
-
-def test_the_reader_sees_a_gather():
-    """Flattening, as the authors' code does, moves the leaf: the test above would reject it."""
-    mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
-    x = jax.device_put(jnp.ones((512, 256)), NamedSharding(mesh, P('x', 'y')))
-
-    def flattened(x):
-        return jnp.roll(x.reshape(-1, order='F'), 1).reshape(x.shape, order='F')
-
-    found = collectives(jax.jit(flattened).lower(x).compile().as_text())
-    assert sum(size for _, size in found) > 100_000

@@ -1,0 +1,306 @@
+"""What the TPU compiler makes of one optimizer step; needs libtpu, but no TPU.
+
+JAX_PLATFORMS=cpu python -m experiments.tpu_compile [--band=0 --band=1] [--workdir=DIR]
+
+Whole steps (update and apply_updates, parameters and state donated) are compiled for a v5e pod
+of 256 chips on 64 hosts, of a language model's 1.1 billion parameters, and for one chip of one
+(8192, 8192) leaf; nothing runs. The first table is what the pod's chips hold and send, the second
+the memory traffic. With --workdir, the numbers go to tpu_compile.json there, and the tables to
+tpu_compile.md.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import precond_optax
+from experiments import main as main_lib
+from experiments import report, workdir
+from tests import compiled as reader
+
+BANDS = (0, 1)
+_BANDS = flags.DEFINE_multi_integer('band', BANDS, "SONew's bands.", lower_bound=0)
+
+LAYERS, WIDTH, HEADS, HEAD_DIM, HIDDEN, VOCABULARY = 16, 2048, 16, 128, 8192, 32768
+_INWARD = ((LAYERS, WIDTH, HEADS, HEAD_DIM), P(None, 'data', 'model', None))
+_SCALE = ((LAYERS, WIDTH), P(None, 'data'))
+
+# A decoder-only language model, its layers scanned: shape and sharding of each leaf, over 'data'
+# as FSDP does and over 'model' along heads, hidden units and the vocabulary.
+LANGUAGE_MODEL: dict[str, tuple[tuple[int, ...], P]] = {
+    'embedding': ((VOCABULARY, WIDTH), P('model', 'data')),
+    'layers/attention/query': _INWARD,
+    'layers/attention/key': _INWARD,
+    'layers/attention/value': _INWARD,
+    'layers/attention/out': ((LAYERS, HEADS, HEAD_DIM, WIDTH), P(None, 'model', None, 'data')),
+    'layers/attention/scale': _SCALE,
+    'layers/mlp/gate': ((LAYERS, WIDTH, HIDDEN), P(None, 'data', 'model')),
+    'layers/mlp/up': ((LAYERS, WIDTH, HIDDEN), P(None, 'data', 'model')),
+    'layers/mlp/down': ((LAYERS, HIDDEN, WIDTH), P(None, 'model', 'data')),
+    'layers/mlp/scale': _SCALE,
+    'final_scale': ((WIDTH,), P('data')),
+}
+LAYOUT = {
+    '^embedding$': precond_optax.LeafRule(precondition=False),
+    '^layers/': precond_optax.LeafRule(batch_axes=1),
+}
+# One leaf of each kind that is preconditioned.
+KINDS_OF_LEAVES = (
+    'layers/attention/query',
+    'layers/attention/out',
+    'layers/mlp/gate',
+    'layers/mlp/down',
+)
+LEAF_SIZE = 8192 * 8192
+COUNT = sum(math.prod(shape) for shape, _ in LANGUAGE_MODEL.values())
+
+
+def pod_mesh(topology: str = 'v5e:16x16') -> Mesh:
+    """All chips of a TPU topology, which need not be there, as a ('data', 'model') mesh."""
+    # Else libtpu asks a server that TPU machines have, and complains at length.
+    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+    os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-256')
+    os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+    # The chips are nobody's: others may compile at the same time.
+    os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+    described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
+    shape = tuple(int(size) for size in topology.split(':')[1].split('x'))
+    return Mesh(
+        np.array(described.devices).reshape(shape),
+        ('data', 'model'),
+        axis_types=(AxisType.Auto,) * 2,
+    )
+
+
+def language_model(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters' shapes and shardings, float32."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for name, (shape, spec) in LANGUAGE_MODEL.items()
+    }
+
+
+def one_leaf() -> jax.ShapeDtypeStruct:
+    """A leaf of shape (8192, 8192) on one chip."""
+    host = pod_mesh('v5e:2x2')
+    chip = Mesh(host.devices[:1, :1], host.axis_names, axis_types=host.axis_types)
+    return jax.ShapeDtypeStruct((8192, 8192), jnp.float32, sharding=NamedSharding(chip, P()))
+
+
+def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
+    """For each leaf of the state the sharding of its parameter; replicated if it has none."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+
+    def of(leaf: Any, param: Any) -> Any:
+        return leaf if isinstance(leaf, optax.MaskedNode) else param.sharding
+
+    return optax.tree.map_params(
+        tx,
+        of,
+        jax.eval_shape(tx.init, params),
+        params,
+        transform_non_params=lambda _: NamedSharding(mesh, P()),
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )
+
+
+def compile_step(tx: optax.GradientTransformation, params: Any) -> jax.stages.Compiled:
+    """Update and apply_updates, parameters and state donated, compiled where ``params`` lie."""
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(tx.init, params),
+        state_sharding(tx, params),
+    )
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+
+
+def border(leaf: Any, depth: int = 1) -> int:
+    """Bytes of the faces of a shard, both sides, ``depth`` deep, along each sharded axis."""
+    shard = leaf.sharding.shard_shape(leaf.shape)
+    faces = (
+        depth * math.prod(shard) // own
+        for own, whole in zip(shard, leaf.shape, strict=True)
+        if own < whole
+    )
+    return 2 * leaf.dtype.itemsize * sum(faces)
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Of one compiled step, in bytes on one chip.
+
+    Attributes:
+      arguments: parameters, state and gradients.
+      temporary: what the step needs beside them.
+      donated: arguments whose memory the results take: parameters and state.
+      traffic: read from and written to the chip's memory, as the compiler counts.
+      collectives: kinds and bytes of what goes between chips.
+      padded: the bytes of the collectives as laid out, in tiles.
+      sent: the most that any one chip has in collectives: a chip is a source of some only.
+      seconds: to trace and compile.
+    """
+
+    arguments: int
+    temporary: int
+    donated: int
+    traffic: float
+    collectives: list[tuple[str, int]]
+    padded: int
+    sent: int
+    seconds: float
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that the step needs."""
+        return self.arguments + self.temporary
+
+    @property
+    def moved(self) -> int:
+        """Bytes of all collectives."""
+        return sum(size for _, size in self.collectives)
+
+
+def measure(tx: optax.GradientTransformation, params: Any) -> Facts:
+    """Compiles a step and reads what it needs."""
+    clock = time.perf_counter()
+    compiled = compile_step(tx, params)
+    seconds = time.perf_counter() - clock
+    memory: Any = compiled.memory_analysis()
+    cost: Any = compiled.cost_analysis()
+    text: Any = compiled.as_text()
+    return Facts(
+        arguments=memory.argument_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        donated=memory.alias_size_in_bytes,
+        traffic=cost['bytes accessed'],
+        collectives=reader.collectives(text),
+        padded=sum(size for _, size in reader.collectives(text, padded=True)),
+        sent=reader.sent(text),
+        seconds=seconds,
+    )
+
+
+def optimizers(bands: Sequence[int]) -> dict[str, Callable[..., optax.GradientTransformation]]:
+    """Factories that take a layout: Adam, and SONew with each band."""
+    return {'adam': lambda layout=None: optax.adam(1e-3)} | {
+        f'sonew, band {band}': functools.partial(precond_optax.sonew, 1e-3, band=band)
+        for band in bands
+    }
+
+
+def language_model_table(results: dict[str, Facts]) -> str:
+    """What each chip of the pod holds and sends."""
+    share = 4 * COUNT / 256
+    rows = [
+        [
+            name,
+            *(f'{size / 1e6:.2f}' for size in (facts.arguments, facts.temporary)),
+            f'{facts.held / share:.2f}',
+            *(f'{size / 1e6:.4f}' for size in (facts.moved, facts.padded, facts.sent)),
+            f'{facts.seconds:.1f}',
+        ]
+        for name, facts in results.items()
+    ]
+    header = [
+        'optimizer',
+        'arguments, MB',
+        'temporary, MB',
+        'both, in shares of the parameters',
+        'collectives, MB',
+        'in tiles, MB',
+        'sent, MB',
+        'compile, s',
+    ]
+    return report.markdown(header, rows)
+
+
+def leaf_table(results: dict[str, dict[str, Facts]], params: Any) -> str:
+    """What the step of one leaf alone sends, and the leaf's border."""
+    rows = [
+        [
+            optimizer,
+            name,
+            str(params[name].sharding.shard_shape(params[name].shape)),
+            *(f'{size / 1e3:.1f}' for size in (facts.moved, facts.sent, border(params[name]))),
+        ]
+        for optimizer, leaves in results.items()
+        for name, facts in leaves.items()
+    ]
+    header = ['optimizer', 'leaf', 'shard', 'collectives, KB', 'sent, KB', 'border, KB']
+    return report.markdown(header, rows)
+
+
+def traffic_table(results: dict[str, Facts]) -> str:
+    """The memory traffic of one chip with one leaf."""
+    rows = [
+        [name, f'{facts.traffic / LEAF_SIZE:.1f}', f'{facts.temporary / LEAF_SIZE:.1f}']
+        for name, facts in results.items()
+    ]
+    return report.markdown(['optimizer', 'traffic', 'temporary'], rows)
+
+
+def main(argv: list[str]) -> None:
+    """Compiles all steps and prints the tables."""
+    main_lib.refuse_arguments(argv)
+    with main_lib.clear_errors():
+        made = optimizers(_BANDS.value)
+        on_pod = {name: make(layout=LAYOUT) for name, make in made.items()}
+    params = language_model(pod_mesh())
+    whole = {name: measure(tx, params) for name, tx in on_pod.items()}
+    leaves = {
+        name: {leaf: measure(tx, {leaf: params[leaf]}) for leaf in KINDS_OF_LEAVES}
+        for name, tx in on_pod.items()
+        if name != 'adam'
+    }
+    single = {name: measure(make(), one_leaf()) for name, make in made.items()}
+    text = '\n\n'.join(
+        [
+            f"the language model's {COUNT:,} parameters on 256 v5e chips, for each chip",
+            language_model_table(whole),
+            'the step of one leaf, for each chip',
+            leaf_table(leaves, params),
+            'one (8192, 8192) leaf on one v5e chip, bytes per parameter',
+            traffic_table(single),
+        ]
+    )
+    print(text)
+    if flags.FLAGS.workdir:
+        folder = pathlib.Path(flags.FLAGS.workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            'environment': workdir.environment()
+            | {'libtpu': importlib.metadata.version('libtpu')},
+            'language model': {name: dataclasses.asdict(facts) for name, facts in whole.items()},
+            'leaves': {
+                name: {leaf: dataclasses.asdict(facts) for leaf, facts in by_leaf.items()}
+                for name, by_leaf in leaves.items()
+            },
+            'one leaf on one chip': {n: dataclasses.asdict(f) for n, f in single.items()},
+        }
+        (folder / 'tpu_compile.json').write_text(json.dumps(content, indent=1) + '\n')
+        (folder / 'tpu_compile.md').write_text(text + '\n')
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,60 @@
+"""The driver of the TPU compiler, on CPU devices and without libtpu."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import precond_optax
+from experiments import tpu_compile
+
+
+@pytest.fixture
+def params():
+    mesh = jax.make_mesh((4, 2), ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
+    kernel = NamedSharding(mesh, P(None, 'data', 'model'))
+    return {
+        'layers/kernel': jax.ShapeDtypeStruct((3, 16, 8), jnp.float32, sharding=kernel),
+        'scale': jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(mesh, P('data'))),
+    }
+
+
+def test_a_border_is_the_faces_of_a_shard(params):
+    # A shard is (3, 4, 4): two faces of 3 * 4 entries along either sharded axis.
+    assert tpu_compile.border(params['layers/kernel']) == 4 * 2 * (12 + 12)
+    assert tpu_compile.border(params['layers/kernel'], depth=3) == 3 * 4 * 2 * (12 + 12)
+    assert tpu_compile.border(params['scale']) == 4 * 2
+
+
+def test_the_state_lies_as_its_parameters(params):
+    tx = precond_optax.sonew(1e-3, layout={'^layers/': precond_optax.LeafRule(batch_axes=1)})
+    shardings = tpu_compile.state_sharding(tx, params)
+    leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
+    for sharding, leaf in zip(jax.tree.leaves(shardings), leaves, strict=True):
+        spec = {3: P(None, 'data', 'model'), 1: P('data'), 0: P()}[leaf.ndim]
+        assert sharding.spec == spec
+
+
+def test_a_step_is_measured_and_shown(params):
+    facts = {
+        'adam': tpu_compile.measure(optax.adam(1e-3), params),
+        'sonew': tpu_compile.measure(precond_optax.sonew(1e-3), params),
+    }
+    # Of the kernel 48 entries on one device, of the scale 2; the count is one integer.
+    assert facts['adam'].arguments == 4 * 4 * (48 + 2) + 4
+    assert facts['adam'].moved == 0
+    assert facts['sonew'].arguments == facts['adam'].arguments + 4 * 48
+    assert 0 < facts['sonew'].sent <= facts['sonew'].moved
+    leaves = {'sonew': {'layers/kernel': facts['sonew']}}
+    assert '| (3, 4, 4) |' in tpu_compile.leaf_table(leaves, params)
+    assert '| sonew ' in tpu_compile.language_model_table(facts)
+    assert '| sonew ' in tpu_compile.traffic_table(facts)
+
+
+def test_the_bands_are_factories():
+    made = tpu_compile.optimizers([0, 1])
+    assert list(made) == ['adam', 'sonew, band 0', 'sonew, band 1']
+    with pytest.raises(ValueError, match='band'):
+        tpu_compile.optimizers([99])['sonew, band 99']()

@@ -1,0 +1,103 @@
+"""What the TPU compiler makes of a step on 256 chips. Run by `make test-tpu-compile`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import precond_optax
+from experiments import tpu_compile
+from tests.compiled import collectives
+
+pytestmark = pytest.mark.tpu_compile
+
+SHARE = 4 * tpu_compile.COUNT // 256  # bytes of the parameters on one chip
+
+
+@pytest.fixture(scope='module')
+def params():
+    pytest.importorskip('libtpu')
+    return tpu_compile.language_model(tpu_compile.pod_mesh())
+
+
+@functools.cache
+def make(band):
+    return precond_optax.sonew(1e-3, band=band, layout=tpu_compile.LAYOUT)
+
+
+def test_the_pod(params):
+    mesh = params['embedding'].sharding.mesh
+    assert mesh.shape == {'data': 16, 'model': 16}
+    assert len({chip.process_index for chip in mesh.devices.flat}) == 64
+    assert tpu_compile.COUNT > 1e9
+
+
+@pytest.mark.parametrize('band', tpu_compile.BANDS)
+def test_the_language_model_fits_and_only_borders_move(params, band):
+    facts = tpu_compile.measure(make(band), params)
+    print(tpu_compile.language_model_table({f'sonew, band {band}': facts}))
+    # Parameters, gradients and 2 + band arrays of state, 1 % for padding; beside them no more
+    # than one array, and two for each off-diagonal.
+    assert facts.arguments <= 1.01 * (4 + band) * SHARE
+    # All but the gradients is written in place.
+    assert facts.donated >= 0.99 * (facts.arguments - SHARE)
+    assert facts.held <= (5 + 3 * band) * SHARE
+    check_collectives(facts, params, band)
+
+
+@pytest.mark.parametrize('band', tpu_compile.BANDS)
+@pytest.mark.parametrize('name', tpu_compile.KINDS_OF_LEAVES)
+def test_of_each_leaf_only_borders_move(params, name, band):
+    """One by one: in the sum of all leaves a small leaf that moves would not be seen."""
+    leaf = {name: params[name]}
+    check_collectives(tpu_compile.measure(make(band), leaf), leaf, band)
+
+
+def check_collectives(facts, params, band):
+    """No leaf is gathered: the graft's norms are reduced, and a chip sends borders."""
+    norms = [size for kind, size in facts.collectives if kind == 'all-reduce']
+    permutes = [size for kind, size in facts.collectives if kind == 'collective-permute']
+    assert len(norms) + len(permutes) == len(facts.collectives)
+    assert bool(permutes) == (band > 0)
+    # Two float32 norms for each layer of each preconditioned leaf.
+    chains = [leaf for leaf in params.values() if leaf.ndim > 2]
+    assert sum(norms) <= 2 * 4 * sum(leaf.shape[0] for leaf in chains)
+    # What a chip sends, not the sum over all instructions: a shift is written as two permutes, of
+    # which a chip is a source of one, so the sum is up to twice as much and breaks this bound.
+    borders = sum(tpu_compile.border(leaf, depth=band) for leaf in chains)
+    assert facts.sent <= (band + 2) * borders + sum(norms)
+
+
+@pytest.mark.parametrize('name', ['layers/attention/query', 'layers/mlp/gate'])
+def test_a_gathered_leaf_is_seen(params, name):
+    """Flattening, as the authors' code does: `check_collectives` would reject it."""
+
+    def flattened(x):
+        return jnp.roll(x.reshape(-1), 1).reshape(x.shape)
+
+    text = jax.jit(flattened).lower(params[name]).compile().as_text()
+    assert {kind for kind, _ in collectives(text)} - {'collective-permute', 'all-reduce'}
+
+
+@pytest.mark.parametrize('topology', ['v6e:16x16'])
+def test_asynchronous_permutes_count_once(topology):
+    """This chip's compiler writes each permute as a pair; v5e's, as one instruction."""
+    pytest.importorskip('libtpu')
+    params = tpu_compile.language_model(tpu_compile.pod_mesh(topology))
+    leaf = {'layers/mlp/gate': params['layers/mlp/gate']}
+    text = tpu_compile.compile_step(make(1), leaf).as_text()
+    assert 'collective-permute-start(' in text
+    check_collectives(tpu_compile.measure(make(1), leaf), leaf, band=1)
+
+
+def test_adams_traffic_on_one_chip():
+    """28 bytes per parameter: g, m, v, p read and m, v, p written. SONew's is printed."""
+    pytest.importorskip('libtpu')
+    made = tpu_compile.optimizers(tpu_compile.BANDS)
+    results = {
+        name: tpu_compile.measure(factory(), tpu_compile.one_leaf())
+        for name, factory in made.items()
+    }
+    print(tpu_compile.traffic_table(results))
+    assert results['adam'].traffic / tpu_compile.LEAF_SIZE == pytest.approx(28, rel=0.01)
