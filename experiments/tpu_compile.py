@@ -34,7 +34,7 @@ from experiments import main as main_lib
 from experiments import report, workdir
 from tests import compiled as reader
 
-BANDS = (0, 1)
+BANDS = (0, 1, 4)
 _BANDS = flags.DEFINE_multi_integer('band', BANDS, "SONew's bands.", lower_bound=0)
 
 LAYERS, WIDTH, HEADS, HEAD_DIM, HIDDEN, VOCABULARY = 16, 2048, 16, 128, 8192, 32768
@@ -103,23 +103,6 @@ def one_leaf() -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((8192, 8192), jnp.float32, sharding=NamedSharding(chip, P()))
 
 
-def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
-    """For each leaf of the state the sharding of its parameter; replicated if it has none."""
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
-
-    def of(leaf: Any, param: Any) -> Any:
-        return leaf if isinstance(leaf, optax.MaskedNode) else param.sharding
-
-    return optax.tree.map_params(
-        tx,
-        of,
-        jax.eval_shape(tx.init, params),
-        params,
-        transform_non_params=lambda _: NamedSharding(mesh, P()),
-        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
-    )
-
-
 def compile_step(tx: optax.GradientTransformation, params: Any) -> jax.stages.Compiled:
     """Update and apply_updates, parameters and state donated, compiled where ``params`` lie."""
 
@@ -130,7 +113,7 @@ def compile_step(tx: optax.GradientTransformation, params: Any) -> jax.stages.Co
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.eval_shape(tx.init, params),
-        state_sharding(tx, params),
+        precond_optax.state_sharding(tx, params),
     )
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
 

@@ -1,5 +1,8 @@
 """What the compiler makes of a sharded step: only borders move."""
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,35 +12,82 @@ from jax.sharding import PartitionSpec as P
 import precond_optax
 from tests.compiled import collectives
 
-
-@pytest.mark.parametrize('order', ['F', 'C'])
-@pytest.mark.parametrize(
-    ('shape', 'spec'),
-    [
-        ((512, 256), P('x', 'y')),
-        ((512, 256), P(('x', 'y'), None)),
-        ((512, 256), P(None, ('x', 'y'))),
-        ((8, 128, 128), P('x', 'y', None)),
-        ((8, 128, 128), P(None, 'x', 'y')),
+# Every way to put the mesh's axes on the axes of a leaf, both on one or one on each.
+WAYS = {
+    (512, 256): [
+        P('x', 'y'),
+        P('y', 'x'),
+        P(('x', 'y')),
+        P(None, ('x', 'y')),
+        P('x'),
+        P(None, 'y'),
     ],
-)
-def test_only_borders_move(shape, spec, order):
-    mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
-    params = jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
-    tx = precond_optax.sonew(1e-3, order=order)
-    state = tx.init(params)
-    assert all(x.sharding == params.sharding for x in jax.tree.leaves(state) if x.ndim)
-    found = collectives(jax.jit(tx.update).lower(params, state, params).compile().as_text())
+    (16, 32, 64): [
+        *(P(*axes) for axes in itertools.permutations(('x', 'y', None))),
+        P(('x', 'y')),
+        P(None, ('x', 'y')),
+        P(None, None, ('x', 'y')),
+    ],
+}
+CASES = [
+    (shape, spec, order, band)
+    for shape, specs in WAYS.items()
+    for spec in specs
+    for order, band in (('F', 1), ('C', 1), ('F', 4))
+]
+
+
+def compiled_step(shape, spec, kind=AxisType.Auto, **keywords):
+    """The compiled update of a leaf, and the entries of a shard's faces, one side of each axis."""
+    mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(kind,) * 2)
+    sharding = NamedSharding(mesh, spec)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jnp.ones(shape), sharding)
+        tx = precond_optax.scale_by_sonew(**keywords)
+        state = tx.init(params)
+        assert all(x.sharding == params.sharding for x in jax.tree.leaves(state) if x.ndim)
+        text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
+    shard = sharding.shard_shape(shape)
+    cut = [axis for axis in range(len(shape)) if shard[axis] < shape[axis]]
+    return collectives(text), sum(math.prod(shard) // shard[axis] for axis in cut)
+
+
+def check(found, faces, band, relative=False):
+    """Only borders and norms: in all (band + 2) borders, each ``band`` deep, of both sides."""
     assert {kind for kind, _ in found} == {'collective-permute', 'all-reduce'}
-    shard = NamedSharding(mesh, spec).shard_shape(shape)
-    # The largest face of a shard; an all-reduce carries the two norms of the graft.
-    border = 4 * max(
-        (params.size // mesh.size) // shard[axis]
-        for axis in range(len(shape))
-        if shard[axis] < shape[axis]
-    )
-    assert all(size <= border for kind, size in found if kind == 'collective-permute')
-    assert all(size <= 8 for kind, size in found if kind == 'all-reduce')
-    # Four shifted arrays (g, a, m, psi z), each by no more than its faces.
-    moved = sum(size for kind, size in found if kind == 'collective-permute')
-    assert moved <= 4 * 3 * border
+    norms = [size for kind, size in found if kind == 'all-reduce']
+    permutes = [size for kind, size in found if kind == 'collective-permute']
+    # The two norms of the graft, summed along one mesh axis and then along the other.
+    assert sum(norms) <= 2 * (8 + 4 * relative)
+    assert sum(norms) + sum(permutes) <= (band + 2) * (2 * 4 * faces * band)
+    # In single steps of one face: of g, m and psi z by band; of a by band, of e^1 by one less ...
+    steps = 3 * band + band * (band + 1) // 2 + band * relative
+    assert sum(permutes) <= steps * 4 * faces
+
+
+@pytest.mark.parametrize(('shape', 'spec', 'order', 'band'), CASES)
+def test_only_borders_move(shape, spec, order, band):
+    check(*compiled_step(shape, spec, order=order, band=band), band)
+
+
+@pytest.mark.parametrize('shape', WAYS)
+@pytest.mark.parametrize('band', [1, 4])
+def test_only_borders_move_in_explicit_meshes(shape, band):
+    check(*compiled_step(shape, P('x', 'y'), AxisType.Explicit, band=band), band)
+
+
+def test_only_borders_move_with_relative_eps():
+    found = compiled_step((512, 256), P('x', 'y'), band=4, relative_eps=1e-4)
+    check(*found, band=4, relative=True)
+
+
+def test_many_bands_move_borders_as_well():
+    found, faces = compiled_step((64, 32), P('x', 'y'), band=9)
+    assert {kind for kind, _ in found} == {'collective-permute', 'all-reduce'}
+    check(found, faces, band=9)
+
+
+def test_diagonal_moves_norms_alone():
+    found, _ = compiled_step((512, 256), P('x', 'y'), band=0)
+    assert {kind for kind, _ in found} == {'all-reduce'}
+    assert sum(size for _, size in found) <= 16

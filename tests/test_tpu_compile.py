@@ -55,7 +55,7 @@ def test_of_each_leaf_only_borders_move(params, name, band):
 
 
 def check_collectives(facts, params, band):
-    """No leaf is gathered: the graft's norms are reduced, and a chip sends borders."""
+    """No leaf is gathered: the graft's norms are reduced, and borders move."""
     norms = [size for kind, size in facts.collectives if kind == 'all-reduce']
     permutes = [size for kind, size in facts.collectives if kind == 'collective-permute']
     assert len(norms) + len(permutes) == len(facts.collectives)
@@ -63,10 +63,8 @@ def check_collectives(facts, params, band):
     # Two float32 norms for each layer of each preconditioned leaf.
     chains = [leaf for leaf in params.values() if leaf.ndim > 2]
     assert sum(norms) <= 2 * 4 * sum(leaf.shape[0] for leaf in chains)
-    # What a chip sends, not the sum over all instructions: a shift is written as two permutes, of
-    # which a chip is a source of one, so the sum is up to twice as much and breaks this bound.
     borders = sum(tpu_compile.border(leaf, depth=band) for leaf in chains)
-    assert facts.sent <= (band + 2) * borders + sum(norms)
+    assert facts.moved <= (band + 2) * borders + sum(norms)
 
 
 @pytest.mark.parametrize('name', ['layers/attention/query', 'layers/mlp/gate'])
