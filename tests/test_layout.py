@@ -66,12 +66,75 @@ def test_too_many_batch_axes():
         facts((2, 3), {'': LeafRule(precondition=True, batch_axes=2)})
 
 
-@pytest.mark.parametrize('batch_axes', [-1, 1.0, True, '1'])
-def test_bad_batch_axes(batch_axes):
-    with pytest.raises(ValueError, match='batch_axes must be an integer >= 0'):
-        LeafRule(batch_axes=batch_axes)
+def test_merged_axes_are_one():
+    query = facts((8, 4, 16), {'': LeafRule(merge_axes=((-2, -1),))})
+    assert query.groups == ((0,), (1, 2))
+    # As of the matrix (d, heads * head_dim), of which head_dim runs faster than heads.
+    assert query.chain_axes('F') == (0, 2, 1)
+    assert query.chain_axes('C') == (2, 1, 0)
+    assert query.reason == "seen as 8x64 (rule '')"
+    stacked = facts((12, 4, 16, 8), {'': LeafRule(batch_axes=1, merge_axes=((1, 2),))})
+    assert stacked.groups == ((1, 2), (3,))
+    assert stacked.chain_axes('F') == (2, 1, 3)
+    assert stacked.reason == "seen as 64x8 after 1 batch axes (rule '')"
+    # A bias of the same heads is a vector once they are one.
+    assert not facts((4, 16), {'': LeafRule(merge_axes=((-2, -1),))}).precondition
 
 
-def test_bad_precondition():
-    with pytest.raises(ValueError, match='precondition must be True, False or None'):
-        LeafRule(precondition='adam')
+@pytest.mark.parametrize(
+    ('shape', 'rule'),
+    [
+        ((8, 4, 16), LeafRule(merge_axes=((0, 2),))),
+        ((8, 4, 16), LeafRule(merge_axes=((2, 1),))),
+        ((8, 4, 16), LeafRule(merge_axes=((0, 1), (1, 2)))),
+        ((8, 4, 16), LeafRule(merge_axes=((2, 3),))),
+        ((8, 4, 16), LeafRule(merge_axes=((-4, -3),))),
+        ((8, 4, 16), LeafRule(batch_axes=1, merge_axes=((0, 1),))),
+        ((8,), LeafRule(merge_axes=((-2, -1),))),
+    ],
+)
+def test_axes_that_cannot_be_merged(shape, rule):
+    with pytest.raises(ValueError, match=r"block/kernel: rule '' merges the axes .* neighbouring"):
+        facts(shape, {'': rule})
+
+
+def test_limits_on_what_is_preconditioned():
+    rules = {'': LeafRule(max_dim=100, max_size=1000)}
+    assert facts((10, 100), rules).precondition
+    assert facts((101, 2), rules).reason == "axis of 101 > max_dim=100 (rule '')"
+    assert facts((50, 21), rules).reason == "1050 entries > max_size=1000 (rule '')"
+    # The layers of a stack are judged one by one, merged axes as one.
+    assert facts((64, 10, 100), {'': LeafRule(batch_axes=1, max_size=1000)}).precondition
+    heads = {'': LeafRule(merge_axes=((1, 2),), max_dim=100)}
+    assert facts((8, 8, 16), heads).reason == "axis of 128 > max_dim=100 (rule '')"
+    # Whatever else the rule says.
+    assert not facts((101, 2), {'': LeafRule(precondition=True, max_dim=100)}).precondition
+
+
+def test_band_and_order_are_handed_on():
+    leaf = facts((2, 3), {'': LeafRule(band=4, order='C')})
+    assert (leaf.band, leaf.order) == (4, 'C')
+    assert (facts((2, 3)).band, facts((2, 3)).order) == (None, None)
+
+
+BAD_RULES = [
+    (dict(batch_axes=-1), 'batch_axes must be an integer >= 0, got -1'),
+    (dict(batch_axes=1.0), 'batch_axes must be an integer >= 0'),
+    (dict(batch_axes=True), 'batch_axes must be an integer >= 0'),
+    (dict(batch_axes='1'), 'batch_axes must be an integer >= 0'),
+    (dict(precondition='adam'), 'precondition must be True, False or None'),
+    (dict(band=-1), 'band must be an integer >= 0, got -1'),
+    (dict(order='K'), "order must be one of None, 'F', 'C', got 'K'"),
+    (dict(max_size=0), 'max_size must be an integer >= 1, got 0'),
+    (dict(max_dim=1e3), 'max_dim must be an integer >= 1'),
+    (dict(merge_axes=(1, 2)), r'merge_axes must be a tuple of tuples .* got \(1, 2\)'),
+    (dict(merge_axes=[(1, 2)]), 'merge_axes must be a tuple of tuples'),
+    (dict(merge_axes=((1,),)), 'merge_axes must be a tuple of tuples of two or more'),
+    (dict(merge_axes=((1, 2.0),)), 'merge_axes must be a tuple of tuples'),
+]
+
+
+@pytest.mark.parametrize(('keywords', 'message'), BAD_RULES)
+def test_bad_rule(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        LeafRule(**keywords)

@@ -49,6 +49,33 @@ def test_treatment_and_reason():
     }
 
 
+def test_all_rules_are_shown():
+    params = {
+        'embedding': jax.ShapeDtypeStruct((50000, 64), jnp.float32),
+        'mlp': jax.ShapeDtypeStruct((12, 64, 32), jnp.float32),
+        'query': jax.ShapeDtypeStruct((64, 8, 16), jnp.float32),
+        'tiny': jax.ShapeDtypeStruct((1, 2), jnp.float32),
+    }
+    layout = {
+        'mlp': LeafRule(batch_axes=1, band=4, order='C'),
+        'query': LeafRule(merge_axes=((1, 2),), band=0),
+        '': LeafRule(max_dim=32768),
+    }
+    tx = precond_optax.sonew(1e-3, band=2, layout=layout)
+    table = precond_optax.plan(tx, params)
+    said = {leaf.path: (leaf.treatment, leaf.reason) for leaf in table.leaves}
+    assert said == {
+        'embedding': ('Adam direction', "axis of 50000 > max_dim=32768 (rule '')"),
+        'mlp': ('4 bands, 12 x 2048, order C', "2-D after 1 batch axes (rule 'mlp')"),
+        'query': ('diagonal, 1 x 8192, order F', "seen as 64x128 (rule 'query')"),
+        'tiny': ('tridiagonal, 1 x 2, order F', "2-D (rule '')"),
+    }
+    entries = {path: jnp.prod(jnp.array(x.shape)).item() for path, x in params.items()}
+    arrays = {'embedding': 2, 'mlp': 6, 'query': 2, 'tiny': 3}
+    for leaf in table.leaves:
+        assert leaf.state_bytes == 4 * arrays[leaf.path] * entries[leaf.path]
+
+
 def test_inside_wrappers():
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),

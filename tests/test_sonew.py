@@ -144,17 +144,155 @@ def test_vector_can_be_preconditioned(rng):
     )
 
 
-@pytest.mark.parametrize('graft', ['adam', 'rmsprop_normalized'])
-def test_stacked_layers_equal_the_layers(rng, graft):
-    grads = [jnp.asarray(rng.normal(size=(3, 4, 2)), 'float32') for _ in range(4)]
-    tx = precond_optax.scale_by_sonew(
-        graft=graft, relative_eps=1e-3, layout={'': LeafRule(batch_axes=1)}
-    )
-    stacked, _ = directions(tx, grads)
-    alone = precond_optax.scale_by_sonew(graft=graft, relative_eps=1e-3)
+@pytest.mark.parametrize('band', [0, 1, 3])
+@pytest.mark.parametrize('graft', [None, 'adam', 'rmsprop_normalized'])
+def test_stacked_layers_equal_the_layers_exactly(rng, graft, band):
+    grads = [jnp.asarray(rng.normal(size=(3, 4, 5)), 'float32') for _ in range(4)]
+    keywords = dict(band=band, graft=graft, relative_eps=1e-3)
+    tx = precond_optax.scale_by_sonew(**keywords, layout={'': LeafRule(batch_axes=1)})
+    alone = precond_optax.scale_by_sonew(**keywords)
+    # Not jitted: compiled for other shapes, the same sums may be rounded otherwise.
+    stacked = unjitted(tx, grads)
     for i in range(3):
-        single, _ = directions(alone, [g[i] for g in grads])
-        np.testing.assert_allclose(stacked[i], single, rtol=1e-5, atol=1e-7)
+        np.testing.assert_array_equal(stacked[i], unjitted(alone, [g[i] for g in grads]))
+
+
+def unjitted(tx, grads):
+    state = tx.init(grads[0])
+    for grad in grads:
+        updates, state = tx.update(grad, state)
+    return updates
+
+
+def random_grads(rng, shapes, steps=4):
+    return [
+        {k: jnp.asarray(rng.normal(size=s), 'float32') for k, s in shapes.items()}
+        for _ in range(steps)
+    ]
+
+
+def test_each_leaf_has_its_rules_band_and_order(rng):
+    shapes = {'embed': (6, 3), 'mlp': (3, 4), 'rest': (4, 3), 'turned': (5, 3)}
+    grads = random_grads(rng, shapes)
+    layout = {
+        'embed': LeafRule(precondition=False),
+        'mlp': LeafRule(band=4),
+        'turned': LeafRule(order='C', band=2),
+    }
+    updates, state = directions(precond_optax.scale_by_sonew(eps=1e-2, layout=layout), grads)
+    chains = {'mlp': dict(band=4), 'rest': dict(band=1), 'turned': dict(band=2, order='C')}
+    for name, keywords in chains.items():
+        expected = oracles.sonew_direction([g[name] for g in grads], eps=1e-2, **keywords)
+        np.testing.assert_allclose(updates[name], expected, rtol=2e-3, atol=1e-4)
+        arrays = [tree[name] for tree in state.offdiag if tree[name] != optax.MaskedNode()]
+        assert len(arrays) == keywords['band']
+    adam, _ = directions(optax.scale_by_adam(b2=0.9), grads)
+    np.testing.assert_allclose(updates['embed'], adam['embed'], rtol=1e-5)
+
+
+def test_merged_heads_are_the_matrix(rng):
+    grads = random_grads(rng, {'query': (4, 2, 3), 'out': (2, 3, 4)})
+    layout = {
+        'query': LeafRule(merge_axes=((-2, -1),)),
+        'out': LeafRule(merge_axes=((0, 1),)),
+    }
+    matrices = [{'query': g['query'].reshape(4, 6), 'out': g['out'].reshape(6, 4)} for g in grads]
+    for order in 'FC':
+        keywords = dict(band=2, order=order)
+        merged, _ = directions(precond_optax.scale_by_sonew(**keywords, layout=layout), grads)
+        whole, _ = directions(precond_optax.scale_by_sonew(**keywords), matrices)
+        plain, _ = directions(precond_optax.scale_by_sonew(**keywords), grads)
+        for name, expected in whole.items():
+            np.testing.assert_allclose(
+                merged[name].reshape(expected.shape), expected, rtol=1e-4, atol=1e-5
+            )
+        same = np.allclose(merged['query'], plain['query'], rtol=1e-2)
+        assert same == (order == 'C')  # where the last axis runs fastest anyway
+
+
+def test_a_leaf_has_no_more_bands_than_its_chain():
+    params = {'pair': jnp.zeros((1, 2)), 'one': jnp.zeros((1, 1)), 'more': jnp.zeros((3, 3))}
+    state = precond_optax.scale_by_sonew(band=4).init(params)
+    held = {k: sum(tree[k] != optax.MaskedNode() for tree in state.offdiag) for k in params}
+    assert held == {'pair': 1, 'one': 0, 'more': 4}
+
+
+def test_a_layout_function_may_lower_the_band_only(rng):
+    grads = random_grads(rng, {'a': (3, 3), 'b': (3, 3)})
+
+    def lower(path, leaf):
+        return LeafRule(band=1) if path == 'a' else None
+
+    updates, _ = directions(precond_optax.scale_by_sonew(band=2, layout=lower), grads)
+    for name, band in (('a', 1), ('b', 2)):
+        expected = oracles.sonew_direction([g[name] for g in grads], band=band)
+        np.testing.assert_allclose(updates[name], expected, rtol=2e-3, atol=1e-3)
+    tx = precond_optax.scale_by_sonew(layout=lambda path, leaf: LeafRule(band=2))
+    with pytest.raises(ValueError, match=r'^a: the layout function asks for band=2'):
+        tx.init(grads[0])
+
+
+def test_dropped_edges_are_counted(rng):
+    one = jnp.asarray(rng.normal(size=(4, 3)), 'float32')
+    params = {'bias': jnp.zeros(3), 'copies': one, 'random': one}
+    tx = precond_optax.scale_by_sonew(band=2, eps=0.0, edge_tolerance=1e-5, diagnostics=True)
+    state = tx.init(params)
+    assert state.dropped_edges.tolist() == [0, 0, 0]
+    for _ in range(10):
+        noise = jnp.asarray(rng.normal(size=(4, 3)), 'float32')
+        grads = {'bias': jnp.ones(3), 'copies': one, 'random': noise}
+        _, state = jax.jit(tx.update)(grads, state)
+    # A gradient that never changes has rank one: all of the 11 + 10 edges go.
+    assert state.dropped_edges.tolist() == [0, 21, 0]
+    off = precond_optax.scale_by_sonew(band=2).init(params)
+    assert off.dropped_edges == optax.MaskedNode()
+
+
+def test_diagnostics_cost_nothing_when_off():
+    """The compiled step is the one without them: as many operations."""
+    grads = jnp.ones((4, 3))
+
+    def operations(tx):
+        return str(jax.make_jaxpr(tx.update)(grads, tx.init(grads))).count('\n')
+
+    off, on = (operations(precond_optax.scale_by_sonew(diagnostics=d)) for d in (False, True))
+    assert off == operations(precond_optax.scale_by_sonew())
+    assert off < on
+
+
+def test_bfloat16_statistics_keep_moving(rng):
+    """Increments far below bfloat16's precision: lost to nearest, not when rounded at random."""
+    grad = jnp.ones((64, 64))
+    held = {}
+    for stochastic in (True, False):
+        tx = precond_optax.scale_by_sonew(
+            b2=0.999, stats_dtype='bfloat16', stochastic_rounding=stochastic
+        )
+        state = tx.init(grad)
+
+        def step(state, _, tx=tx):
+            return tx.update(grad, state)[1], None
+
+        state, _ = jax.lax.scan(step, state, length=3000)
+        held[stochastic] = [np.mean(x, dtype=np.float64) for x in (state.nu, state.offdiag[0])]
+    exact = 1 - 0.999**3000
+    for now in held[True]:  # the last entry of a chain has no edge
+        np.testing.assert_allclose(now, exact, rtol=1e-2)
+    assert all(now < 0.5 * exact for now in held[False])
+
+
+def test_stochastic_rounding_differs_by_leaf_and_step_but_not_by_run(rng):
+    grad = jnp.asarray(rng.normal(size=(16, 16)), 'float32')
+    grads = {'a': grad, 'b': grad}
+    tx = precond_optax.scale_by_sonew(b2=0.999, stats_dtype='bfloat16')
+    first = tx.update(grads, tx.init(grads))[1]
+    again = tx.update(grads, tx.init(grads))[1]
+    np.testing.assert_array_equal(first.nu['a'], again.nu['a'])
+    assert np.any(first.nu['a'] != first.nu['b'])
+    late = tx.update(grads, tx.init(grads)._replace(count=jnp.int32(7)))[1]
+    assert np.any(first.nu['a'] != late.nu['a'])
+    nearest = (1e-3 * grad * grad).astype('bfloat16').astype('float32')
+    assert np.all(abs(first.nu['a'].astype('float32') - nearest) <= nearest / 64)
 
 
 def test_stacked_biases_are_vectors_still(rng):
