@@ -21,7 +21,7 @@ class Case:
       keywords: further arguments.
       static_args: arguments that cannot be injected.
       real_only: whether complex leaves are refused.
-      state_arrays: arrays of state of a 2-D leaf's shape.
+      state_bytes: of state for each entry of a 2-D float32 leaf.
       layout: whether the factory has a ``layout`` with batch axes.
       scale_free: whether updates do not change with the scale of the gradients.
     """
@@ -32,7 +32,7 @@ class Case:
     keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     static_args: tuple[str, ...] = ()
     real_only: bool = True
-    state_arrays: int = 2
+    state_bytes: int = 8
     layout: bool = True
     scale_free: bool = True
 
@@ -52,7 +52,7 @@ ADAM = Case('adam', optax.adam, real_only=False, layout=False)
 
 CASES = (
     ADAM,
-    Case('sonew', precond_optax.sonew, keywords=_EPS, static_args=('band',), state_arrays=3),
+    Case('sonew', precond_optax.sonew, keywords=_EPS, static_args=('band',), state_bytes=12),
     Case(
         'sonew_diagonal',
         precond_optax.sonew,
@@ -64,14 +64,21 @@ CASES = (
         precond_optax.sonew,
         keywords={'band': 4, **_EPS},
         static_args=('band',),
-        state_arrays=6,
+        state_bytes=24,
+    ),
+    Case(
+        'sonew_bfloat16_stats',
+        precond_optax.sonew,
+        keywords={'stats_dtype': 'bfloat16', **_EPS},
+        static_args=('band', 'stats_dtype'),
+        layout=False,  # layers of a stack are rounded by other random numbers than alone
     ),
     Case(
         'sonew_order_c',
         precond_optax.sonew,
         keywords={**_EPS, 'order': 'C', 'weight_decay': 1e-4, 'relative_eps': 1e-6},
         static_args=('band',),
-        state_arrays=3,
+        state_bytes=12,
         scale_free=False,  # the decay is not
     ),
     Case(
@@ -79,7 +86,7 @@ CASES = (
         precond_optax.sonew,
         keywords={**_EPS, 'graft': 'rmsprop_normalized'},
         static_args=('band',),
-        state_arrays=4,
+        state_bytes=16,
     ),
     Case(
         'sonew_routed',

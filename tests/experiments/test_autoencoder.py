@@ -49,6 +49,16 @@ def test_network_is_the_papers():
     np.testing.assert_allclose(network(jnp.asarray(x, jnp.float32)), y, rtol=1e-4, atol=1e-4)
 
 
+def test_parameters_and_gradients_in_bfloat16():
+    task_config = config.get_config()
+    task_config.update(source='synthetic', hidden=(8, 3, 8), batch_size=64, param_dtype='bfloat16')
+    task = tasks.make(task_config, None)
+    params = task.init(jax.random.key(0))
+    loss_value, grads = jax.value_and_grad(task.loss)(params, task.train_data[:64])
+    assert {x.dtype.name for x in jax.tree.leaves((params, grads))} == {'bfloat16'}
+    assert loss_value.dtype == 'float32'  # as the activations
+
+
 def test_loss_is_summed_over_pixels_and_mean_over_the_batch():
     rng = np.random.default_rng(0)
     logits, pixels = rng.normal(size=(3, 5)), rng.random((3, 5))

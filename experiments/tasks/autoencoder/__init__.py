@@ -1,5 +1,6 @@
 """Autoencoder on images: binary cross-entropy summed over the pixels, mean over the batch."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,12 +24,16 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
     hidden = tuple(config['hidden'])
     if not hidden or not all(isinstance(units, int) and units > 0 for units in hidden):
         raise ValueError(f'task.hidden must be integers >= 1, one at least, got {hidden!r}.')
+    param_dtype = config['param_dtype']
+    if param_dtype not in ('float32', 'bfloat16'):
+        raise ValueError(f"task.param_dtype must be 'float32' or 'bfloat16', got {param_dtype!r}.")
     steps_per_epoch = len(train) // config['batch_size']
     sizes = (train.shape[1], *hidden, train.shape[1])
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: model.Autoencoder(sizes, nnx.Rngs(0))))
+    make = functools.partial(model.Autoencoder, sizes, param_dtype=param_dtype)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
     def init(key: jax.Array) -> Any:
-        network = model.Autoencoder(sizes, nnx.Rngs(params=key))
+        network = make(nnx.Rngs(params=key))
         return nnx.to_pure_dict(nnx.state(network, nnx.Param))
 
     def batch_loss(params: Any, images: jax.Array) -> jax.Array:

@@ -1,8 +1,10 @@
 """The network: a stack of dense layers, tanh except at the code and at the output."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -13,9 +15,12 @@ class Autoencoder(nnx.Module):
       sizes: units of the input, of the hidden layers and of the output. The narrowest hidden
         layer is the code.
       rngs: the keys.
+      param_dtype: of the parameters, and so of their gradients; the activations are float32.
     """
 
-    def __init__(self, sizes: Sequence[int], rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, sizes: Sequence[int], rngs: nnx.Rngs, param_dtype: Any = jnp.float32
+    ) -> None:
         hidden = list(sizes[1:-1])
         self.linear = {hidden.index(min(hidden)), len(hidden)}  # layers without tanh
         self.depth = len(sizes) - 1
@@ -24,6 +29,8 @@ class Autoencoder(nnx.Module):
                 sizes[i],
                 sizes[i + 1],
                 kernel_init=nnx.initializers.glorot_uniform(),
+                dtype=jnp.float32,
+                param_dtype=param_dtype,
                 rngs=rngs,
             )
             setattr(self, f'dense_{i}', layer)
