@@ -1,4 +1,4 @@
-"""Optimizer step time as a ratio to optax.adam, and state bytes per parameter.
+"""Optimizer step time as a ratio to optax.adam; state and workspace in bytes per parameter.
 
 python -m experiments.benchmark [--workdir=DIR] [--rounds=20] [--noin_turn]
 
@@ -9,8 +9,6 @@ the times go to benchmark.json there, and the tables to benchmark.md.
 """
 
 import itertools
-import json
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +32,9 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     'adafactor': lambda: optax.adafactor(1e-3),
     'sonew, diagonal': lambda: precond_optax.sonew(1e-3, band=0),
     'sonew, tridiagonal': lambda: precond_optax.sonew(1e-3),
+    'sonew, band 2': lambda: precond_optax.sonew(1e-3, band=2),
+    'sonew, band 4': lambda: precond_optax.sonew(1e-3, band=4),
+    'sonew, band 8': lambda: precond_optax.sonew(1e-3, band=8),
     'sonew, tridiagonal, order C': lambda: precond_optax.sonew(1e-3, order='C'),
     'sonew, tridiagonal, no graft': lambda: precond_optax.sonew(1e-3, graft=None),
     'sonew, tridiagonal, bfloat16 state': lambda: precond_optax.sonew(
@@ -69,7 +70,8 @@ def measure(
       in_turn: one step of each in turn, or all steps of one and then of the next.
 
     Returns:
-      For each optimizer its times in seconds and its state bytes per parameter.
+      For each optimizer its times in seconds, and bytes per parameter: of state, and of temporary
+      memory, by the compiler's word.
     """
     keys = jax.random.split(jax.random.key(0), len(shapes))
     grads = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
@@ -86,7 +88,12 @@ def measure(
         state = tx.init(params)
         size = sum(x.nbytes for x in jax.tree.leaves(state))
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
-        runs[name] = [compiled, *compiled(params, state, grads), [], size]
+        memory: Any = compiled.memory_analysis()
+        sizes = {
+            'state_bytes_per_parameter': size / count,
+            'temporary_bytes_per_parameter': memory.temp_size_in_bytes / count,
+        }
+        runs[name] = [compiled, *compiled(params, state, grads), [], sizes]
     turns, block = (rounds, 1) if in_turn else (1, rounds)
     for run in (run for _ in range(turns) for run in runs.values() for _ in range(block)):
         compiled, params, state, times, _ = run
@@ -94,8 +101,8 @@ def measure(
         run[1], run[2] = jax.block_until_ready(compiled(params, state, grads))
         times.append(time.perf_counter() - clock)
     return [
-        {'optimizer': name, 'seconds': times, 'state_bytes_per_parameter': size / count}
-        for name, (_, _, _, times, size) in runs.items()
+        {'optimizer': name, 'seconds': times, **sizes}
+        for name, (_, _, _, times, sizes) in runs.items()
     ]
 
 
@@ -110,10 +117,11 @@ def render(results: dict[str, list[dict[str, Any]]]) -> str:
                 f'{1e3 * statistics.median(row["seconds"]):.2f}',
                 f'{statistics.median(row["seconds"]) / adam:.2f}',
                 f'{row["state_bytes_per_parameter"]:.2f}',
+                f'{row["temporary_bytes_per_parameter"]:.1f}',
             ]
             for row in rows
         ]
-        header = ['optimizer', 'ms per step', 'ratio to adam', 'state bytes per parameter']
+        header = ['optimizer', 'ms per step', 'ratio to adam', 'state bytes', 'temporary bytes']
         parts.append(f'{tree}\n\n' + report.markdown(header, cells))
     return '\n\n'.join(parts)
 
@@ -125,13 +133,8 @@ def main(argv: list[str]) -> None:
         name: measure(shapes(), _ROUNDS.value, _IN_TURN.value) for name, shapes in TREES.items()
     }
     text = render(results)
-    print(text)
-    if flags.FLAGS.workdir:
-        folder = pathlib.Path(flags.FLAGS.workdir)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {'environment': workdir.environment(), 'results': results}
-        (folder / 'benchmark.json').write_text(json.dumps(content, indent=1) + '\n')
-        (folder / 'benchmark.md').write_text(text + '\n')
+    content = {'results': results}
+    workdir.save_tables(flags.FLAGS.workdir, 'benchmark', content, text)
 
 
 if __name__ == '__main__':

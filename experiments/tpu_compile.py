@@ -12,10 +12,8 @@ tpu_compile.md.
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -267,22 +265,16 @@ def main(argv: list[str]) -> None:
             traffic_table(single),
         ]
     )
-    print(text)
-    if flags.FLAGS.workdir:
-        folder = pathlib.Path(flags.FLAGS.workdir)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            'environment': workdir.environment()
-            | {'libtpu': importlib.metadata.version('libtpu')},
-            'language model': {name: dataclasses.asdict(facts) for name, facts in whole.items()},
-            'leaves': {
-                name: {leaf: dataclasses.asdict(facts) for leaf, facts in by_leaf.items()}
-                for name, by_leaf in leaves.items()
-            },
-            'one leaf on one chip': {n: dataclasses.asdict(f) for n, f in single.items()},
-        }
-        (folder / 'tpu_compile.json').write_text(json.dumps(content, indent=1) + '\n')
-        (folder / 'tpu_compile.md').write_text(text + '\n')
+    content = {
+        'libtpu': importlib.metadata.version('libtpu'),
+        'language model': {name: dataclasses.asdict(facts) for name, facts in whole.items()},
+        'leaves': {
+            name: {leaf: dataclasses.asdict(facts) for leaf, facts in by_leaf.items()}
+            for name, by_leaf in leaves.items()
+        },
+        'one leaf on one chip': {n: dataclasses.asdict(f) for n, f in single.items()},
+    }
+    workdir.save_tables(flags.FLAGS.workdir, 'tpu_compile', content, text)
 
 
 if __name__ == '__main__':

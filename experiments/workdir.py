@@ -176,6 +176,16 @@ def write_json(file: pathlib.Path, content: Any) -> None:
     _write_text(file, json.dumps(_finite(content), indent=2) + '\n')
 
 
+def save_tables(folder: str | None, name: str, content: dict[str, Any], text: str) -> None:
+    """Prints ``text``; with a folder, also writes NAME.json, the raw numbers, and NAME.md."""
+    print(text)
+    if folder:
+        path = pathlib.Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / f'{name}.json', {'environment': environment(), **content})
+        _write_text(path / f'{name}.md', text + '\n')
+
+
 def _finite(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
