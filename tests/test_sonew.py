@@ -7,6 +7,8 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import precond_optax
 from precond_optax import LeafRule
@@ -246,6 +248,22 @@ def test_dropped_edges_are_counted(rng):
     assert state.dropped_edges.tolist() == [0, 21, 0]
     off = precond_optax.scale_by_sonew(band=2).init(params)
     assert off.dropped_edges == optax.MaskedNode()
+
+
+def test_diagnostics_belong_to_no_parameter_and_keep_their_type():
+    """In an explicit mesh, where a change of sharding would be one of type."""
+    mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Explicit,) * 2)
+    tx = precond_optax.sonew(1e-3, band=2, diagnostics=True)
+    with jax.set_mesh(mesh):
+        params = jax.device_put({'a': jnp.ones((8, 4))}, NamedSharding(mesh, P('x', 'y')))
+        shardings = precond_optax.state_sharding(tx, params)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        _, after = jax.jit(tx.update)(params, state, params)
+    assert shardings[0].dropped_edges.spec == P()
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    moved = optax.tree.map_params(tx, lambda x: x + 1, state)
+    np.testing.assert_array_equal(moved[0].dropped_edges, state[0].dropped_edges)
+    np.testing.assert_array_equal(moved[0].offdiag[1]['a'], 1)
 
 
 def test_diagnostics_cost_nothing_when_off():
