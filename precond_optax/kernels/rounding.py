@@ -36,8 +36,8 @@ def stochastic_round(key: jax.Array, x: jax.Array) -> jax.Array:
     noise = jax.random.bits(key, x.shape, jnp.uint16, out_sharding=_sharding(x))
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise.astype(jnp.uint32)
     up = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
-    # An infinity would carry into NaN, the largest numbers into infinity.
-    return jnp.where(jnp.isfinite(up), up, x).astype(jnp.bfloat16)
+    # The carry of a NaN whose lower bits are set could make it a zero.
+    return jnp.where(jnp.isnan(x), x, up).astype(jnp.bfloat16)
 
 
 def _sharding(x: jax.Array) -> Any:

@@ -27,9 +27,9 @@ def test_what_bfloat16_holds_is_left_as_it_is():
     values = jnp.asarray([0.0, 1.0, -1.5, 2.0**-100, jnp.inf, -jnp.inf, 3.38953139e38])
     for seed in range(20):
         np.testing.assert_array_equal(stochastic_round(jax.random.key(seed), values), values)
-    assert jnp.isnan(stochastic_round(KEY, jnp.asarray([jnp.nan, -jnp.nan]))).all()
 
 
-def test_the_largest_numbers_do_not_become_infinite():
-    largest = jnp.full(1000, 3.3895e38)
-    assert jnp.isfinite(stochastic_round(KEY, largest)).all()
+def test_nan_stays():
+    bits = jnp.asarray([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF], jnp.uint32)
+    values = jnp.tile(jax.lax.bitcast_convert_type(bits, jnp.float32), 100)
+    assert jnp.isnan(stochastic_round(KEY, values)).all()
