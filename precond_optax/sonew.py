@@ -162,7 +162,9 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         if diagnostics:
             # An edge of weight zero is none; of the others the factors lack the dropped ones.
             pairs = zip(offdiag, psi, strict=True)
-            changed['dropped_edges'] = sum(jnp.sum((e != 0) & (p == 0)) for e, p in pairs)
+            changed['dropped_edges'] = sum(
+                jnp.sum((e != 0) & (p == 0), dtype=jnp.float32) for e, p in pairs
+            )
         return direction, changed
 
     def describe(facts: LeafLayout) -> str:
@@ -290,7 +292,8 @@ def sonew(
     References:
       Devvrit et al., `A Computationally Efficient Sparsified Online Newton Method
       <https://arxiv.org/abs/2311.10085>`_, NeurIPS 2023: equation (5) and Algorithm 1 (the
-      subproblem and the step), Theorem 3.1 (tridiagonal), Algorithm 3 (dropped edges).
+      subproblem and the step), Theorem 3.1 (tridiagonal), Theorem 3.2 (banded), Algorithm 3
+      (dropped edges).
       ``X`` here is their :math:`X_t`, the diagonal of ``D`` their :math:`D_{jj}`.
     """
     direction = scale_by_sonew(

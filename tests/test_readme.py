@@ -10,11 +10,14 @@ README = pathlib.Path(__file__).parents[1] / 'README.md'
 
 def test_python_blocks_print_the_text_blocks():
     blocks = re.findall(r'```(python|text)\n(.*?)```', README.read_text(), re.DOTALL)
-    assert [kind for kind, _ in blocks] == ['python', 'text']
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(blocks[0][1], {})
-    assert printed.getvalue().strip() == blocks[1][1].strip()
+    kinds, texts = zip(*blocks, strict=True)
+    assert kinds == ('python', 'text') * 2
+    names: dict = {}  # one program from block to block
+    for code, expected in zip(texts[::2], texts[1::2], strict=True):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        assert printed.getvalue().strip() == expected.strip()
 
 
 def test_named_commands_and_configs_exist():
