@@ -25,7 +25,7 @@ from tests import oracles
 BANDS = (1, 2, 4, 8)
 # After one step H has rank one up to eps, after five rank five; then it is well filled.
 STEPS = (1, 5, 30)
-EPS = (1e-4, 1e-2)
+EPS = (1e-8, 1e-4)
 # The gradients' dtype, and what is asked for beside it.
 DTYPES: dict[str, tuple[str, dict[str, Any]]] = {
     'float64': ('float64', {}),
