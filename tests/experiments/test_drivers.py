@@ -308,7 +308,7 @@ def test_workdir_that_is_a_file(tmp_path):
         ),
         (('--task.epochs=many',), 'many'),
         (('--task.epochs=0',), 'error: task.epochs must be an integer >= 1, got 0'),
-        (('--optimizer.band=7',), 'error: band must be one of 0, 1'),
+        (('--optimizer.band=-7',), 'error: band must be an integer >= 0, got -7'),
     ],
 )
 def test_wrong_flags(arguments, message, tmp_path):

@@ -28,15 +28,6 @@ def test_a_border_is_the_faces_of_a_shard(params):
     assert tpu_compile.border(params['scale']) == 4 * 2
 
 
-def test_the_state_lies_as_its_parameters(params):
-    tx = precond_optax.sonew(1e-3, layout={'^layers/': precond_optax.LeafRule(batch_axes=1)})
-    shardings = tpu_compile.state_sharding(tx, params)
-    leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
-    for sharding, leaf in zip(jax.tree.leaves(shardings), leaves, strict=True):
-        spec = {3: P(None, 'data', 'model'), 1: P('data'), 0: P()}[leaf.ndim]
-        assert sharding.spec == spec
-
-
 def test_a_step_is_measured_and_shown(params):
     facts = {
         'adam': tpu_compile.measure(optax.adam(1e-3), params),
@@ -56,5 +47,4 @@ def test_a_step_is_measured_and_shown(params):
 def test_the_bands_are_factories():
     made = tpu_compile.optimizers([0, 1])
     assert list(made) == ['adam', 'sonew, band 0', 'sonew, band 1']
-    with pytest.raises(ValueError, match='band'):
-        tpu_compile.optimizers([99])['sonew, band 99']()
+    assert len(made['sonew, band 1']().init(jnp.ones((2, 2)))[0].offdiag) == 1
