@@ -171,9 +171,9 @@ def leafwise(
             )
             directions.append(direction.astype(grad.dtype))
             for name, values in numbers.items():
-                values.append(jnp.asarray(changed.pop(name, 0), jnp.float32))
+                values.append(changed.pop(name, 0))
             per_leaf[i].update(_cast_like(changed, per_leaf[i], stochastic, count, facts.path))
-        others.update((name, jnp.stack(values)) for name, values in numbers.items())
+        others.update((name, jnp.array(values, jnp.float32)) for name, values in numbers.items())
         trees = _to_trees(per_leaf, depth, treedef)
         return treedef.unflatten(directions), state_type(count=count, **others, **trees)
 
@@ -215,11 +215,11 @@ def _cast_like(
     """The changed fields in the dtypes in which they are stored."""
 
     def cast(name: str, new: jax.Array, old: jax.Array, place: int) -> jax.Array:
-        if name not in stochastic or old.dtype != jnp.bfloat16 or new.dtype != jnp.float32:
+        if name not in stochastic or old.dtype != jnp.bfloat16:
             return new.astype(old.dtype)
         # Drawn anew in each step and for each array, but the same in a resumed run.
         key = jax.random.fold_in(jax.random.key(zlib.crc32(f'{path}:{name}'.encode())), place)
-        return stochastic_round(jax.random.fold_in(key, count), new)
+        return stochastic_round(jax.random.fold_in(key, count), new.astype(jnp.float32))
 
     stored = {}
     for name, value in changed.items():

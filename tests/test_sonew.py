@@ -248,6 +248,8 @@ def test_dropped_edges_are_counted(rng):
     assert state.dropped_edges.tolist() == [0, 21, 0]
     off = precond_optax.scale_by_sonew(band=2).init(params)
     assert off.dropped_edges == optax.MaskedNode()
+    none = optax.masked(tx, jax.tree.map(lambda p: False, params))
+    assert none.update(params, none.init(params))[1].inner_state.dropped_edges.shape == (0,)
 
 
 def test_diagnostics_belong_to_no_parameter_and_keep_their_type():
