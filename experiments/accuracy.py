@@ -3,9 +3,9 @@
 JAX_ENABLE_X64=1 python -m experiments.accuracy [--workdir=DIR]
 
 The gradients are those of the digits autoencoder's code layer, a (64, 16) kernel, over
-minibatches at its initial parameters; the oracle gets the very numbers that the transformation
-gets, and drops edges at a tolerance of 1e-7, float32's default. No graft, so the sizes count as well. With --workdir, the numbers go to accuracy.json there,
-and the tables to accuracy.md.
+minibatches at its initial parameters. The oracle gets the very numbers that the transformation
+gets, and drops edges at a tolerance of 1e-7, float32's default. No graft, so the sizes count as
+well. With --workdir, the numbers go to accuracy.json there, and the tables to accuracy.md.
 """
 
 from collections.abc import Sequence
