@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import precond_optax
 from experiments import main as main_lib
 from experiments import report, workdir
-from tests import test_sharding
+from tests import compiled, test_sharding
 
 BANDS = (0, 1, 2, 4, 8)
 # A small model, and how each of its leaves lies on the mesh.
@@ -34,14 +34,14 @@ def collective_bytes() -> list[dict[str, Any]]:
     for shape, specs in test_sharding.WAYS.items():
         for spec in specs:
             for band in BANDS:
-                found, faces = test_sharding.compiled_step(shape, spec, band=band)
+                found, edge = test_sharding.compiled_step(shape, spec, band=band)
                 rows.append(
                     {
                         'shape': shape,
                         'sharding': str(spec),
                         'band': band,
                         'leaf_bytes': 4 * jnp.zeros(shape).size,
-                        'border_bytes': 2 * 4 * faces,
+                        'border_bytes': edge,
                         'collectives': found,
                     }
                 )
@@ -77,11 +77,7 @@ def device_bytes() -> list[dict[str, Any]]:
 
 def fullest(tree: Any) -> int:
     """Bytes on the device that holds most."""
-    held: dict[Any, int] = {}
-    for leaf in jax.tree.leaves(tree):
-        for shard in leaf.addressable_shards:
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-    return max(held.values())
+    return max(compiled.bytes_by_device(tree).values())
 
 
 def render(moved: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> str:

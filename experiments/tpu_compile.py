@@ -116,17 +116,6 @@ def compile_step(tx: optax.GradientTransformation, params: Any) -> jax.stages.Co
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
 
 
-def border(leaf: Any, depth: int = 1) -> int:
-    """Bytes of the faces of a shard, both sides, ``depth`` deep, along each sharded axis."""
-    shard = leaf.sharding.shard_shape(leaf.shape)
-    faces = (
-        depth * math.prod(shard) // own
-        for own, whole in zip(shard, leaf.shape, strict=True)
-        if own < whole
-    )
-    return 2 * leaf.dtype.itemsize * sum(faces)
-
-
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """Of one compiled step, in bytes on one chip.
@@ -138,7 +127,6 @@ class Facts:
       traffic: read from and written to the chip's memory, as the compiler counts.
       collectives: kinds and bytes of what goes between chips.
       padded: the bytes of the collectives as laid out, in tiles.
-      sent: the most that any one chip has in collectives: a chip is a source of some only.
       seconds: to trace and compile.
     """
 
@@ -148,7 +136,6 @@ class Facts:
     traffic: float
     collectives: list[tuple[str, int]]
     padded: int
-    sent: int
     seconds: float
 
     @property
@@ -177,7 +164,6 @@ def measure(tx: optax.GradientTransformation, params: Any) -> Facts:
         traffic=cost['bytes accessed'],
         collectives=reader.collectives(text),
         padded=sum(size for _, size in reader.collectives(text, padded=True)),
-        sent=reader.sent(text),
         seconds=seconds,
     )
 
@@ -198,7 +184,7 @@ def language_model_table(results: dict[str, Facts]) -> str:
             name,
             *(f'{size / 1e6:.2f}' for size in (facts.arguments, facts.temporary)),
             f'{facts.held / share:.2f}',
-            *(f'{size / 1e6:.4f}' for size in (facts.moved, facts.padded, facts.sent)),
+            *(f'{size / 1e6:.4f}' for size in (facts.moved, facts.padded)),
             f'{facts.seconds:.1f}',
         ]
         for name, facts in results.items()
@@ -210,7 +196,6 @@ def language_model_table(results: dict[str, Facts]) -> str:
         'both, in shares of the parameters',
         'collectives, MB',
         'in tiles, MB',
-        'sent, MB',
         'compile, s',
     ]
     return report.markdown(header, rows)
@@ -223,12 +208,12 @@ def leaf_table(results: dict[str, dict[str, Facts]], params: Any) -> str:
             optimizer,
             name,
             str(params[name].sharding.shard_shape(params[name].shape)),
-            *(f'{size / 1e3:.1f}' for size in (facts.moved, facts.sent, border(params[name]))),
+            *(f'{size / 1e3:.1f}' for size in (facts.moved, reader.border(params[name]))),
         ]
         for optimizer, leaves in results.items()
         for name, facts in leaves.items()
     ]
-    header = ['optimizer', 'leaf', 'shard', 'collectives, KB', 'sent, KB', 'border, KB']
+    header = ['optimizer', 'leaf', 'shard', 'collectives, KB', 'border, KB']
     return report.markdown(header, rows)
 
 

@@ -1,9 +1,10 @@
 """Reads the text of a compiled program, of a CPU's or a TPU's: what moves between devices."""
 
-import collections
 import math
 import re
-from collections.abc import Iterator
+from typing import Any
+
+import jax
 
 KINDS = (
     'all-gather',
@@ -15,11 +16,8 @@ KINDS = (
     'reduce-scatter',
 )
 # '%x = f32[16,8]{1,0:T(8,128)} all-gather(' or '%x = (f32[8]{0}, f32[8]{0}) all-reduce-done(%y'.
-_COLLECTIVE = re.compile(
-    rf'(\S+) = (\(.*?\)|\S+) ({"|".join(KINDS)})(-start|-done)?\(([^\s,)]*)(.*)'
-)
+_COLLECTIVE = re.compile(rf'= (\(.*?\)|\S+) ({"|".join(KINDS)})(-start|-done)?\(')
 _ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?)?')
-_PAIRS = re.compile(r'source_target_pairs=\{([\d,{}]*)\}')
 
 
 def collectives(text: str, *, padded: bool = False) -> list[tuple[str, int]]:
@@ -41,40 +39,31 @@ def collectives(text: str, *, padded: bool = False) -> list[tuple[str, int]]:
       >>> collectives(line), collectives(line, padded=True)
       ([('collective-permute', 512)], [('collective-permute', 65536)])
     """
-    return [(kind, size) for kind, size, _ in _read(text, padded)]
+    return [
+        (kind, sum(_bytes(padded, *array) for array in _ARRAY.findall(result)))
+        for result, kind, part in _COLLECTIVE.findall(text)
+        if part != '-start'
+    ]
 
 
-def sent(text: str) -> int:
-    """The most bytes that any one device has in collectives.
-
-    A permute counts for its sources only, so two permutes from different devices, such as a
-    border's and the wrap around's, do not add up. Others count for every device.
-
-    Example:
-      >>> row = '%x = f32[8]{0} collective-permute(%y), source_target_pairs='
-      >>> sent(row + '{{1,0},{2,1}}\\n' + row + '{{0,2}}')
-      32
-    """
-    everywhere, own = 0, collections.Counter[str]()
-    for kind, size, attributes in _read(text):
-        pairs = _PAIRS.search(attributes) if kind == 'collective-permute' else None
-        if pairs is None:
-            everywhere += size
-        else:
-            own.update({source: size for source in re.findall(r'\{(\d+),', pairs[1])})
-    return everywhere + max(own.values(), default=0)
+def border(leaf: Any) -> int:
+    """Bytes of a shard's faces along each sharded axis, both sides, one entry deep."""
+    shard = leaf.sharding.shard_shape(leaf.shape)
+    faces = (
+        math.prod(shard) // own
+        for own, whole in zip(shard, leaf.shape, strict=True)
+        if own < whole
+    )
+    return 2 * leaf.dtype.itemsize * sum(faces)
 
 
-def _read(text: str, padded: bool = False) -> Iterator[tuple[str, int, str]]:
-    """Kind, bytes and attributes of each collective."""
-    attributes_of = {}
-    for name, result, kind, part, operand, attributes in _COLLECTIVE.findall(text):
-        if part == '-start':
-            attributes_of[name] = attributes
-            continue
-        if part == '-done':  # the attributes stand with the start
-            attributes = attributes_of.get(operand, '')
-        yield kind, sum(_bytes(padded, *array) for array in _ARRAY.findall(result)), attributes
+def bytes_by_device(tree: Any) -> dict[Any, int]:
+    """What each of our devices holds of the leaves of a tree; those with nothing are left out."""
+    held: dict[Any, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    return held
 
 
 def _bytes(padded: bool, kind: str, bits: str, shape: str, order: str, tile: str) -> int:

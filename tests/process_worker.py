@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from precond_optax import state_sharding
 from tests import cases
+from tests.compiled import bytes_by_device
 
 SHAPES = {'matrix': (16, 8), '3d': (8, 2, 8), 'vector': (8,)}
 # Over a mesh (4, 2); with two processes 'x' crosses from one to the other.
@@ -71,12 +72,8 @@ def train(method, mesh, layout, carry, steps):
 
 def share_held(carry):
     """The largest share of the bytes of all leaves with axes that a device of ours holds."""
-    held, total = {}, 0
-    for leaf in (x for x in jax.tree.leaves(carry) if x.ndim):
-        total += leaf.nbytes
-        for shard in leaf.addressable_shards:
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-    return max(held.values()) / total
+    leaves = [leaf for leaf in jax.tree.leaves(carry) if leaf.ndim]
+    return max(bytes_by_device(leaves).values()) / sum(leaf.nbytes for leaf in leaves)
 
 
 def gather(carry):

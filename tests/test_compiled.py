@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.compiled import collectives, sent
+from tests.compiled import collectives
 
 # As libtpu 0.0.52 writes them for v5e (an all-reduce of norms) and v6e (asynchronous pairs).
 ALL_REDUCE = """
@@ -39,13 +38,7 @@ def test_padding_follows_the_layout():
     assert collectives(ALL_REDUCE, padded=True) == [('all-reduce', 1024)]
 
 
-def test_only_the_sources_of_a_permute_send():
-    assert sent(PERMUTE) == 4096  # device 0; devices 1 and 2 send 32
-    assert sent(PERMUTE + ALL_REDUCE) == 4096 + 128
-
-
-@pytest.mark.parametrize('read', [lambda text: sum(s for _, s in collectives(text)), sent])
-def test_the_reader_sees_a_gather(read):
+def test_the_reader_sees_a_gather():
     """Flattening, as the authors' code does, moves the leaf."""
     mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
     x = jax.device_put(jnp.ones((512, 256)), NamedSharding(mesh, P('x', 'y')))
@@ -53,4 +46,5 @@ def test_the_reader_sees_a_gather(read):
     def flattened(x):
         return jnp.roll(x.reshape(-1, order='F'), 1).reshape(x.shape, order='F')
 
-    assert read(jax.jit(flattened).lower(x).compile().as_text()) > 100_000
+    found = collectives(jax.jit(flattened).lower(x).compile().as_text())
+    assert sum(size for _, size in found) > 100_000

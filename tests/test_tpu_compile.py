@@ -8,7 +8,7 @@ import pytest
 
 import precond_optax
 from experiments import tpu_compile
-from tests.compiled import collectives
+from tests.compiled import border, collectives
 
 pytestmark = pytest.mark.tpu_compile
 
@@ -63,7 +63,7 @@ def check_collectives(facts, params, band):
     # Two float32 norms for each layer of each preconditioned leaf.
     chains = [leaf for leaf in params.values() if leaf.ndim > 2]
     assert sum(norms) <= 2 * 4 * sum(leaf.shape[0] for leaf in chains)
-    borders = sum(tpu_compile.border(leaf, depth=band) for leaf in chains)
+    borders = sum(band * border(leaf) for leaf in chains)
     assert facts.moved <= (band + 2) * borders + sum(norms)
 
 
