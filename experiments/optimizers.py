@@ -17,6 +17,7 @@ FACTORIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     'muon': optax.contrib.muon,
     'rmsprop': optax.rmsprop,
     'sgd': optax.sgd,
+    'shared_basis': precond_optax.shared_basis,
     'sonew': precond_optax.sonew,
 }
 

@@ -4,6 +4,11 @@ from precond_optax.grafting import Graft
 from precond_optax.layout import Layout, LeafRule
 from precond_optax.plan import LeafPlan, Plan, plan
 from precond_optax.sharding import state_sharding
+from precond_optax.shared_basis import (
+    ScaleBySharedBasisState,
+    scale_by_shared_basis,
+    shared_basis,
+)
 from precond_optax.sonew import ScaleBySonewState, scale_by_sonew, sonew
 
 __version__ = '0.1.0'
@@ -14,9 +19,12 @@ __all__ = [
     'LeafPlan',
     'LeafRule',
     'Plan',
+    'ScaleBySharedBasisState',
     'ScaleBySonewState',
     'plan',
+    'scale_by_shared_basis',
     'scale_by_sonew',
+    'shared_basis',
     'sonew',
     'state_sharding',
 ]

@@ -21,14 +21,16 @@ def is_static_zero(value: Any) -> bool:
     return isinstance(value, (numbers.Number, np.number)) and value == 0
 
 
-def in_range(name: str, value: Any, low: float, high: float = float('inf')) -> None:
-    """Raises ``ValueError`` unless ``low <= value < high``."""
+def in_range(
+    name: str, value: Any, low: float, high: float = float('inf'), *, closed: bool = False
+) -> None:
+    """Raises ``ValueError`` unless ``low <= value < high``, or ``<= high`` where closed."""
     if isinstance(value, (jax.Array, np.ndarray)):
         return
-    allowed = f'[{low:g}, {high:g})'
+    allowed = f'[{low:g}, {high:g}' + (']' if closed else ')')
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.number)):
         raise ValueError(f'{name} must be a number in {allowed}, got {value!r}.')
-    if not low <= float(value) < high:
+    if not (low <= float(value) < high or (closed and float(value) == high)):
         raise ValueError(f'{name} must be in {allowed}, got {value!r}.')
 
 

@@ -15,7 +15,8 @@ None                    no grafting
 a transformation        w is its update (any ``optax.GradientTransformation``)
 ======================  ==================================================================
 
-The norms are taken over a leaf, and over each of its layers where it has batch axes.
+The norms are taken over a leaf, and over each of its layers where it has batch axes. ``b2 = 1``
+means sums in place of means, as in AdaGrad, but for 'adam', which then takes the plain mean.
 """
 
 from collections.abc import Sequence
@@ -25,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from precond_optax import checks, leafwise
 from precond_optax import layout as layout_lib
-from precond_optax import leafwise
 from precond_optax.checks import Scalar
 from precond_optax.layout import LeafLayout
 
@@ -54,13 +55,37 @@ def transformation(
 
     It sees, and has state for, the preconditioned leaves only.
     """
-    if graft == 'rmsprop_normalized':
-        rule: Any = scale_by_normalized_rms(b2, layout=layout)
-    elif graft is None or isinstance(graft, str):
+    if graft in ('adam', 'momentum'):
         return None
-    else:
-        rule = graft
+    rule = standalone(graft, 0.0, b2, layout)
+    if rule is None:
+        return None
     return optax.masked(rule, lambda tree: leafwise.preconditioned(tree, layout))
+
+
+def standalone(
+    graft: Graft, b1: Scalar, b2: Scalar, layout: layout_lib.Layout
+) -> optax.GradientTransformation | None:
+    """The rule for a method that has no moments of its own, on all leaves; None for 'sgd'."""
+    if graft is None or graft == 'sgd':
+        return None
+    if graft == 'rmsprop_normalized':
+        return scale_by_normalized_rms(b2, layout=layout)
+    if isinstance(graft, str):
+        return scale_by_moments(graft, b1, b2, layout=layout)
+    return graft
+
+
+def weight(b2: Scalar) -> Scalar:
+    """The weight of the new in a mean of decay ``b2``; 1 for ``b2 = 1``, which makes it a sum.
+
+    Example:
+      >>> weight(0.75), weight(1.0)
+      (0.25, 1.0)
+    """
+    if isinstance(b2, jax.Array):
+        return jnp.where(b2 < 1, 1 - b2, 1)
+    return 1 - b2 if b2 < 1 else 1.0
 
 
 def adam_direction(mu_hat: jax.Array, nu_hat: jax.Array) -> jax.Array:
@@ -136,7 +161,7 @@ def scale_by_normalized_rms(
       w = n / (\sqrt{s} + 10^{-10})
 
     Args:
-      b2: decay of the mean, in [0, 1).
+      b2: decay of the mean, in [0, 1]; 1 makes s the sum.
       layout: batch axes; a leaf's layers are normalized one by one.
 
     Returns:
@@ -158,7 +183,58 @@ def scale_by_normalized_rms(
         grad: jax.Array, state: ScaleByNormalizedRmsState, facts: LeafLayout
     ) -> tuple[jax.Array, leafwise.Fields]:
         unit = grad / (norm(grad, facts.axes) + 1e-25)
-        nu = b2 * state.nu + (1 - b2) * unit * unit
+        nu = b2 * state.nu + weight(b2) * unit * unit
         return unit / (jnp.sqrt(nu) + 1e-10), {'nu': nu}
 
     return leafwise.leafwise(ScaleByNormalizedRmsState, init_leaf, update_leaf, layout=layout)
+
+
+class ScaleByMomentsState(NamedTuple):
+    """State of ``scale_by_moments``."""
+
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32
+    mu: optax.Updates  # like the parameters, float32 at least: mean of the gradients
+    nu: optax.Updates  # likewise: mean of their squares; optax.MaskedNode() for 'momentum'
+
+
+def scale_by_moments(
+    kind: str, b1: Scalar, b2: Scalar, *, layout: layout_lib.Layout = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam's direction or the mean of the gradients, bias-corrected, in float32 at least.
+
+    Args:
+      kind: 'adam' or 'momentum'.
+      b1: decay of the mean of the gradients, in [0, 1).
+      b2: decay of the mean of their squares, in [0, 1]; 1 weighs all steps alike.
+      layout: for the leaves' dtypes and paths.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with state `ScaleByMomentsState`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_moments('adam', b1=0.9, b2=0.99)
+      >>> grads = jnp.array([3.0, -4.0])
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> updates.round(3).tolist()
+      [1.0, -1.0]
+    """
+    checks.one_of('kind', kind, ('adam', 'momentum'))
+
+    def init_leaf(leaf: Any, facts: LeafLayout) -> leafwise.Fields:
+        held = [jnp.zeros_like(leaf, dtype=facts.compute_dtype) for _ in range(2)]
+        return {'mu': held[0], 'nu': held[1] if kind == 'adam' else optax.MaskedNode()}
+
+    def update_leaf(
+        grad: jax.Array, state: ScaleByMomentsState, facts: LeafLayout
+    ) -> tuple[jax.Array, leafwise.Fields]:
+        mu = b1 * state.mu + (1 - b1) * grad
+        mu_hat = mu / (1 - b1**state.count)
+        if kind == 'momentum':
+            return mu_hat, {'mu': mu}
+        nu = b2 * state.nu + weight(b2) * grad * grad
+        held = 1 - b2**state.count  # of the weights; 0 for a sum, which has `count`
+        held = jnp.where(held > 0, held, state.count)
+        return adam_direction(mu_hat, nu / held), {'mu': mu, 'nu': nu}
+
+    return leafwise.leafwise(ScaleByMomentsState, init_leaf, update_leaf, layout=layout)

@@ -35,6 +35,10 @@ class LeafRule:
       max_dim: the longest axis, merged ones as one, that is preconditioned; likewise.
       band: for SONew: the leaf's own number of off-diagonals. None: the transformation's.
       order: for SONew: the leaf's own order of the chain, 'F' or 'C'. None: the transformation's.
+      output_axes: for the shared basis: the axes of the outputs; all others but batch axes form
+        the block of one output. Negative ones count from the end. None: the last axis, or the
+        last merged ones.
+      rank: for the shared basis: the leaf's own rank. None: the transformation's.
 
     Raises:
       ValueError: if an argument is of the wrong kind.
@@ -58,6 +62,8 @@ class LeafRule:
     max_dim: int | None = None
     band: int | None = None
     order: str | None = None
+    output_axes: tuple[int, ...] | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.precondition is not None and not isinstance(self.precondition, bool):
@@ -65,21 +71,30 @@ class LeafRule:
                 f'precondition must be True, False or None, got {self.precondition!r}.'
             )
         checks.static_int('batch_axes', self.batch_axes, 0)
-        for name, low in (('max_size', 1), ('max_dim', 1), ('band', 0)):
+        for name, low in (('max_size', 1), ('max_dim', 1), ('band', 0), ('rank', 1)):
             if (value := getattr(self, name)) is not None:
                 checks.static_int(name, value, low)
         checks.one_of('order', self.order, (None, 'F', 'C'))
+        if self.output_axes is not None and (not _axes(self.output_axes) or not self.output_axes):
+            raise ValueError(
+                'output_axes must be None or a tuple of one or more axes, such as (-1,), got '
+                f'{self.output_axes!r}.'
+            )
         groups = self.merge_axes
         if not isinstance(groups, tuple) or not all(
-            isinstance(group, tuple)
-            and len(group) > 1
-            and all(isinstance(axis, int) and not isinstance(axis, bool) for axis in group)
-            for group in groups
+            _axes(group) and len(group) > 1 for group in groups
         ):
             raise ValueError(
                 'merge_axes must be a tuple of tuples of two or more axes, such as ((-2, -1),), '
                 f'got {groups!r}.'
             )
+
+
+def _axes(given: Any) -> bool:
+    """Whether this is a tuple of integers."""
+    return isinstance(given, tuple) and all(
+        isinstance(axis, int) and not isinstance(axis, bool) for axis in given
+    )
 
 
 # Rules by path: regular expressions that are searched for in the leaf's path, first match wins;
@@ -100,7 +115,10 @@ class LeafLayout:
       batch_axes: the number of leading batch axes.
       groups: the other axes, in groups that are seen as one.
       band, order: what the leaf's rule says of its chain; None: nothing.
+      output_axes: the axes of the outputs; none where there are no axes but batch axes.
+      rank: what the leaf's rule says of it; None: nothing.
       reason: why, for a reader.
+      turn: in which of some steps the leaf does what is not done in each; see `leafwise`.
     """
 
     path: str
@@ -111,7 +129,10 @@ class LeafLayout:
     groups: tuple[tuple[int, ...], ...]
     band: int | None
     order: str | None
+    output_axes: tuple[int, ...]
+    rank: int | None
     reason: str
+    turn: int = 0
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -131,6 +152,11 @@ class LeafLayout:
         """
         groups = self.groups if order == 'F' else self.groups[::-1]
         return tuple(axis for group in groups for axis in reversed(group))
+
+    @property
+    def block_axes(self) -> tuple[int, ...]:
+        """The axes of the entries of one output."""
+        return tuple(axis for axis in self.axes if axis not in self.output_axes)
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -219,8 +245,40 @@ def leaf_layout(path: str, leaf: Any, layout: Layout) -> LeafLayout:
     groups = _groups(path, shape, rule, source)
     precondition, reason = _decide(shape, rule, groups, source)
     return LeafLayout(
-        path, shape, dtype, precondition, rule.batch_axes, groups, rule.band, rule.order, reason
+        path=path,
+        shape=shape,
+        dtype=dtype,
+        precondition=precondition,
+        batch_axes=rule.batch_axes,
+        groups=groups,
+        band=rule.band,
+        order=rule.order,
+        output_axes=_output_axes(path, shape, rule, groups, source),
+        rank=rule.rank,
+        reason=reason,
     )
+
+
+def _output_axes(
+    path: str,
+    shape: tuple[int, ...],
+    rule: LeafRule,
+    groups: tuple[tuple[int, ...], ...],
+    source: str,
+) -> tuple[int, ...]:
+    """The axes of the outputs, ascending."""
+    if rule.output_axes is None:
+        return groups[-1] if groups else ()
+    ndim = len(shape)
+    axes = sorted(axis + ndim if axis < 0 else axis for axis in rule.output_axes)
+    allowed = range(rule.batch_axes, ndim)
+    if len(set(axes)) < len(axes) or any(axis not in allowed for axis in axes):
+        raise ValueError(
+            f'{path}: {source} asks for output_axes={rule.output_axes}, but the leaf has shape '
+            f'{shape} and {rule.batch_axes} batch axes: each must be one of the axes '
+            f'{tuple(allowed)}, and none named twice.'
+        )
+    return tuple(axes)
 
 
 def _groups(

@@ -8,9 +8,10 @@ for a leaf and its docstring, and nothing of this.
 
 import contextlib
 import contextvars
+import dataclasses
 import itertools
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from precond_optax import layout as layout_lib
 from precond_optax.checks import Scalar
 from precond_optax.kernels.rounding import stochastic_round
 from precond_optax.layout import LeafLayout
+from precond_optax.placement import Axes
 
 # A leaf's state: by field, an array, a tuple of arrays (a stacked field) or optax.MaskedNode().
 Fields = dict[str, Any]
@@ -32,6 +34,7 @@ class Record(NamedTuple):
     """What one transformation says in its ``init``, for `plan`."""
 
     leaves: list[tuple[LeafLayout, str]]  # each leaf's layout and treatment
+    axes: dict[str, Mapping[str, Axes]]  # by path and field: the parameter's axes that it follows
     unmatched: list[str]  # the rules that no leaf matches
 
 
@@ -92,6 +95,20 @@ def preconditioned(tree: Any, layout: layout_lib.Layout) -> Any:
     return treedef.unflatten([facts.precondition for facts in layouts])
 
 
+def staggered(costs: Sequence[float], every: int) -> list[int]:
+    """The turns, out of ``every``, of leaves of given costs: dearest first, to the idlest turn.
+
+    Example:
+      >>> staggered([1, 5, 4, 0, 1], every=2)
+      [1, 0, 1, 1, 0]
+    """
+    load, turns = [0.0] * every, [0] * len(costs)
+    for leaf in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        turns[leaf] = min(range(every), key=load.__getitem__)
+        load[turns[leaf]] += costs[leaf]
+    return turns
+
+
 def leafwise(
     state_type: type,
     init_leaf: Callable[[Any, LeafLayout], Fields],
@@ -101,8 +118,12 @@ def leafwise(
     stacked: Mapping[str, int] | None = None,
     stochastic: Collection[str] = (),
     gathered: Mapping[str, bool] | None = None,
+    one_by_one: str | None = None,
     graft: optax.GradientTransformation | None = None,
     describe: Callable[[LeafLayout], str] = lambda facts: '',
+    axes: Callable[[LeafLayout], Mapping[str, Axes]] = lambda facts: {},
+    every: int = 1,
+    cost: Callable[[LeafLayout], float] = lambda facts: facts.size,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation of trees from an init and an update of one leaf.
 
@@ -115,14 +136,21 @@ def leafwise(
       update_leaf: from a gradient, the leaf's state and its layout, the update and the fields that
         change. The leaf's state is a ``state_type`` too: ``count`` is the number of this step,
         from 1; a field is the leaf's array, in the arithmetic's dtype; ``graft`` is the grafting
-        rule's update for this leaf.
+        rule's update for this leaf; a gathered field is the leaf's number.
       layout: the user's rules.
       stacked: fields that are tuples of trees, each like the parameters', and how many.
       stochastic: fields that are rounded stochastically where they are stored in bfloat16.
       gathered: fields with one number for each leaf, and whether they are kept: a float32 vector
         in the order of the leaves, or ``optax.MaskedNode()``.
+      one_by_one: a gathered field whose number, never negative, a leaf waits for before the next
+        one begins. None: the compiler may do several leaves at once.
       graft: the grafting rule; its updates reach ``update_leaf``. None: the gradient does.
       describe: what a leaf gets, for `plan`.
+      axes: the axes of the fields that are not shaped like the parameter: for each the
+        parameter's axis that it follows, or None; for `state_sharding`.
+      every: in how many steps a leaf does once what is not done in each; the leaves take turns,
+        ``facts.turn`` is the leaf's, from 0, so that the steps cost about the same.
+      cost: what a leaf's turn costs, in any unit; 0: it has none.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` that ignores unknown extra arguments.
@@ -134,15 +162,23 @@ def leafwise(
     depth = {name: (stacked or {}).get(name) for name in names}
     rule = optax.with_extra_args_support(optax.identity() if graft is None else graft)
 
-    def leaf_state(fields: Fields, count: jax.Array) -> Any:
-        return state_type(count=count, **fields, **dict.fromkeys(kept))
+    def leaves_of(tree: Any) -> tuple[list[Any], list[LeafLayout], Any]:
+        leaves, layouts, treedef = _leaves(tree, layout)
+        turns = staggered([cost(facts) for facts in layouts], every)
+        with_turns = zip(layouts, turns, strict=True)
+        return leaves, [dataclasses.replace(f, turn=turn) for f, turn in with_turns], treedef
 
     def init(params: optax.Params) -> Any:
-        leaves, layouts, treedef = _leaves(params, layout)
+        leaves, layouts, treedef = leaves_of(params)
         records = _records.get()
         if records is not None:
-            unmatched = layout_lib.unmatched_rules(layouts, layout)
-            records.append(Record([(facts, describe(facts)) for facts in layouts], unmatched))
+            records.append(
+                Record(
+                    [(facts, describe(facts)) for facts in layouts],
+                    {facts.path: axes(facts) for facts in layouts},
+                    layout_lib.unmatched_rules(layouts, layout),
+                )
+            )
         per_leaf = [init_leaf(leaf, facts) for leaf, facts in zip(leaves, layouts, strict=True)]
         with recording(None):  # a grafting rule of ours is no treatment of its own
             others = {'graft': rule.init(params)} if has_graft else {}
@@ -154,7 +190,7 @@ def leafwise(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        grads, layouts, treedef = _leaves(updates, layout)
+        grads, layouts, treedef = leaves_of(updates)
         count = optax.safe_increment(state.count)
         per_leaf, others = _to_leaves(state, depth, treedef), {}
         wide = [_cast(f, facts.compute_dtype) for f, facts in zip(per_leaf, layouts, strict=True)]
@@ -164,14 +200,21 @@ def leafwise(
                 fields['graft'] = own.astype(facts.compute_dtype)
         others.update((name, getattr(state, name)) for name in kept)
         numbers: dict[str, list[Any]] = {name: [] for name, on in kept.items() if on}
-        directions = []
+        directions, last = [], None
         for i, (grad, facts) in enumerate(zip(grads, layouts, strict=True)):
+            if last is not None:
+                # True, but only the last leaf tells. (XLA drops an optimization barrier too early.)
+                grad = jnp.where(last >= 0, grad, jnp.nan)
+            own_numbers = {n: others[n][i] if on else None for n, on in kept.items()}
             direction, changed = update_leaf(
-                grad.astype(facts.compute_dtype), leaf_state(wide[i], count), facts
+                grad.astype(facts.compute_dtype),
+                state_type(count=count, **wide[i], **own_numbers),
+                facts,
             )
             directions.append(direction.astype(grad.dtype))
+            last = last if one_by_one is None else changed.get(one_by_one, last)
             for name, values in numbers.items():
-                values.append(changed.pop(name, 0))
+                values.append(changed.pop(name, own_numbers[name]))
             per_leaf[i].update(_cast_like(changed, per_leaf[i], stochastic, count, facts.path))
         others.update((name, jnp.array(values, jnp.float32)) for name, values in numbers.items())
         trees = _to_trees(per_leaf, depth, treedef)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from precond_optax import leafwise
+from precond_optax import leafwise, placement
+from precond_optax.placement import Axes
 
 
 def state_sharding(tx: optax.GradientTransformation, params: optax.Params) -> Any:
@@ -19,7 +20,8 @@ def state_sharding(tx: optax.GradientTransformation, params: optax.Params) -> An
     also the target on which a checkpoint of the state is restored.
 
     A leaf of the state shaped like its parameter gets the parameter's sharding. One of another
-    shape (``optax.adafactor``, ``optax.lbfgs``) is sharded along the axes that it has in common
+    shape follows the parameter's axes that the method says it does, in this package; one of
+    another package (``optax.adafactor``, ``optax.lbfgs``) is sharded along the axes that it has in common
     with the parameter, by their sizes, and replicated if these do not tell. What belongs to no
     parameter (counts, hyperparameters, random keys) is replicated.
 
@@ -48,15 +50,33 @@ def state_sharding(tx: optax.GradientTransformation, params: optax.Params) -> An
       >>> state[0].mu['kernel'].sharding.spec, state[0].count.sharding.spec
       (P('x',), P())
     """
-    leaves = jax.tree.leaves(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
     replicated = _replicated(params)
-    state = jax.eval_shape(tx.init, shapes)
-    shardings = [
-        replicated if owner is None else _follow(leaf.shape, leaves[owner])
-        for leaf, owner in zip(jax.tree.leaves(state), leafwise.owners(state, shapes), strict=True)
-    ]
+    records: list[leafwise.Record] = []
+    with leafwise.recording(records):
+        # A function made here: a cached trace of `tx.init` would record nothing.
+        state = jax.eval_shape(lambda tree: tx.init(tree), shapes)
+    shardings = []
+    with_paths = jax.tree_util.tree_leaves_with_path(state)
+    for (path, leaf), owner in zip(with_paths, leafwise.owners(state, shapes), strict=True):
+        if owner is None:
+            shardings.append(replicated)
+            continue
+        param_path, param = leaves[owner]
+        field = path[: len(path) - len(param_path)][-1:]
+        axes = _said(records, leafwise.path_string(param_path), leafwise.path_string(field), leaf)
+        shardings.append(_follow(leaf.shape, param, axes))
     return jax.tree.unflatten(jax.tree.structure(state), shardings)
+
+
+def _said(records: list[leafwise.Record], path: str, field: str, leaf: Any) -> Axes | None:
+    """The parameter's axes that a leaf of the state follows, if its method says so."""
+    for record in records:
+        axes = record.axes.get(path, {}).get(field)
+        if axes is not None and len(axes) == len(leaf.shape):
+            return axes
+    return None
 
 
 def _replicated(params: optax.Params) -> Sharding:
@@ -88,9 +108,11 @@ def _where(sharding: Sharding) -> str:
     return str(sharding.mesh if isinstance(sharding, NamedSharding) else sharding)
 
 
-def _follow(shape: tuple[int, ...], param: Any) -> Sharding:
+def _follow(shape: tuple[int, ...], param: Any, axes: Axes | None) -> Sharding:
     """The sharding of a leaf of this shape that belongs to ``param``."""
     sharding = param.sharding
+    if axes is not None:
+        return placement.along(sharding, axes, len(param.shape))
     if shape == param.shape or not isinstance(sharding, NamedSharding):
         return sharding
     spec = tuple(sharding.spec) + (None,) * (len(param.shape) - len(sharding.spec))

@@ -21,7 +21,8 @@ class Case:
       keywords: further arguments.
       static_args: arguments that cannot be injected.
       real_only: whether complex leaves are refused.
-      state_bytes: of state for each entry of a 2-D float32 leaf.
+      state_bytes: of state for each entry of a (6, 4) float32 leaf.
+      compressed: whether the state has arrays of other shapes than the leaf's.
       layout: whether the factory has a ``layout`` with batch axes.
       scale_free: whether updates do not change with the scale of the gradients.
     """
@@ -32,7 +33,8 @@ class Case:
     keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     static_args: tuple[str, ...] = ()
     real_only: bool = True
-    state_bytes: int = 8
+    state_bytes: float = 8
+    compressed: bool = False
     layout: bool = True
     scale_free: bool = True
 
@@ -46,6 +48,15 @@ class Case:
 # direction carries their rounding. Checks that compare two ways of computing the same want an eps
 # well above it; the kernels' own tests take small ones.
 _EPS = {'eps': 0.1}
+
+_SHARED_BASIS_STATIC = (
+    'rank',
+    'power_iterations',
+    'oversampling',
+    'update_every',
+    'max_block_dim',
+    'seed',
+)
 
 # The control: what Optax's own Adam does not pass is no fair check.
 ADAM = Case('adam', optax.adam, real_only=False, layout=False)
@@ -94,6 +105,31 @@ CASES = (
         keywords={'layout': {'': LeafRule(precondition=False)}},
         static_args=('band',),
         layout=False,
+    ),
+    Case(
+        'shared_basis',
+        precond_optax.shared_basis,
+        keywords={**_EPS, 'rank': 2},
+        static_args=_SHARED_BASIS_STATIC,
+        state_bytes=16,
+        compressed=True,
+    ),
+    Case(
+        'shared_basis_mean',
+        precond_optax.shared_basis,
+        keywords={
+            **_EPS,
+            'rank': 2,
+            'b2': 0.9,
+            'oversampling': 1,
+            'power_iterations': 2,
+            'update_every': 2,
+            'nesterov': True,
+            'graft': 'adam',
+        },
+        static_args=_SHARED_BASIS_STATIC,
+        state_bytes=20,
+        compressed=True,
     ),
 )
 

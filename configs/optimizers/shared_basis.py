@@ -1,0 +1,30 @@
+"""The shared-basis block low-rank preconditioner."""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    return config_dict.ConfigDict(
+        dict(
+            name='shared_basis',
+            learning_rate=1e-3,
+            b1=0.9,
+            b2=1.0,
+            eps=1e-8,
+            nesterov=False,
+            rank=32,
+            power_iterations=1,
+            oversampling=0,
+            update_every=1,
+            start_step=0,
+            root='eigh',
+            residual_norm='spectral',
+            graft='rmsprop_normalized',
+            max_block_dim=4096,
+            mu_dtype=config_dict.placeholder(str),
+            stats_dtype=config_dict.placeholder(str),
+            stochastic_rounding=True,
+            seed=0,
+            weight_decay=0.0,
+        )
+    )

@@ -1,0 +1,183 @@
+r"""Eigenvalues and inverse square roots of many small symmetric matrices at once.
+
+The matrices are the last two axes; the other axes are a batch. Two ways to the inverse square
+root: the eigendecomposition, and the coupled Newton-Schulz iteration, which is matrix products
+alone. `experiments/matrix_roots.py` compares them. Everything is elementwise in the batch, so a
+batch that is sharded stays so.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# TPUs and GPUs multiply float32 matrices in lower precision unless told otherwise; a root of a
+# matrix of condition 1e6 has no digits to give away.
+_PRECISION = lax.Precision.HIGHEST
+
+
+def batches_can_deadlock() -> bool:
+    """Whether two batched decompositions at the same time can wait for each other for ever.
+
+    In jaxlib 0.10 the LAPACK kernels of the CPU hand their batch to the pool of threads on which
+    they run themselves, and wait: as many of them at once as there are threads never end. Later
+    versions do the batch in the thread they are in.
+    """
+    return jax.__version_info__ < (0, 11) and jax.default_backend() == 'cpu'
+
+
+def trace(matrices: jax.Array) -> jax.Array:
+    """The sum of each matrix's diagonal: (..., k, k) -> (...)."""
+    return jnp.trace(matrices, axis1=-2, axis2=-1)
+
+
+def _unit(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The matrices divided by their largest absolute entry, and that entry, 1 for zero."""
+    size = jnp.max(jnp.abs(matrices), axis=(-2, -1), keepdims=True)
+    size = jnp.where(size > 0, size, 1)
+    return matrices / size, size
+
+
+def _clipped(values: jax.Array, shift: jax.Array) -> jax.Array:
+    """Eigenvalues plus a shift, at least their rounding, so that no noise is blown up."""
+    raised = jnp.maximum(values, 0) + shift[..., None]
+    rounding = jnp.finfo(values.dtype).eps * jnp.max(raised, axis=-1, keepdims=True)
+    return jnp.maximum(raised, rounding)
+
+
+def inverse_square_root(x: jax.Array) -> jax.Array:
+    """``1 / sqrt(x)``, and 0 where x is 0: the pseudo-inverse's, for statistics without entries.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> inverse_square_root(jnp.array([4.0, 0.0])).tolist()
+      [0.5, 0.0]
+    """
+    return jnp.where(x > 0, lax.rsqrt(jnp.where(x > 0, x, 1)), 0)
+
+
+def decompose(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""Eigenvalues and eigenvectors, :math:`R = V \mathrm{diag}(\lambda) V^T`.
+
+    Args:
+      matrices: R (..., k, k), symmetric; of any size that is finite.
+
+    Returns:
+      The eigenvalues (..., k), ascending, and the eigenvectors (..., k, k), in columns.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> values, _ = decompose(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+      >>> values.round(5).tolist()
+      [1.0, 3.0]
+    """
+    unit, size = _unit(matrices)
+    # LAPACK and its like give up, or worse, on what is not finite; the caller sees NaN.
+    finite = jnp.all(jnp.isfinite(unit), axis=(-2, -1), keepdims=True)
+    vectors, values = lax.linalg.eigh(jnp.where(finite, unit, 0), sort_eigenvalues=True)
+    values = jnp.where(finite[..., 0], values * size[..., 0], jnp.nan)
+    return values, vectors
+
+
+def from_decomposition(
+    values: jax.Array, vectors: jax.Array, shift: jax.Array
+) -> jax.Array:
+    r"""The inverse square root :math:`(V \mathrm{diag}(\lambda) V^T + s I)^{-1/2}`.
+
+    Args:
+      values: eigenvalues (..., k); negative ones, which rounding makes, count as zero.
+      vectors: eigenvectors (..., k, k), in columns.
+      shift: s (...), >= 0, in the units of the eigenvalues.
+
+    Returns:
+      Symmetric matrices (..., k, k). Eigenvalues below the rounding of the largest are raised to
+      it; the root of the zero matrix is zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from_decomposition(jnp.array([0.0, 3.0]), jnp.eye(2), jnp.array(1.0)).tolist()
+      [[1.0, 0.0], [0.0, 0.5]]
+    """
+    scaled = vectors * inverse_square_root(_clipped(values, shift))[..., None, :]
+    return jnp.einsum('...ij,...lj->...il', scaled, vectors, precision=_PRECISION)
+
+
+def newton_schulz(matrices: jax.Array, steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    r"""Square roots and inverse square roots by the coupled Newton-Schulz iteration.
+
+    .. math::
+      A = R / \|R\|_F, \quad X_0 = A, \; Y_0 = I, \quad
+      T = (3 I - Y X) / 2, \; X \leftarrow X T, \; Y \leftarrow T Y
+
+    with :math:`R^{1/2} = \|R\|_F^{1/2} X` and :math:`R^{-1/2} = \|R\|_F^{-1/2} Y`. An eigenvalue
+    of A that is small gains a factor of 9/4 in each step, so a matrix of condition c wants
+    about :math:`\log c / \log(9/4) + 5` of them.
+
+    Args:
+      matrices: R (..., k, k), symmetric, positive definite.
+      steps: of the iteration; fixed, so that no matrix waits for another and no shard for
+        another.
+
+    Returns:
+      The roots and the inverse roots (..., k, k), in the units of R to the powers 1/2 and -1/2,
+      and the errors (...): the largest absolute entry of :math:`I - Y X`, 0 for a perfect root.
+      The zero matrix has the roots zero and zero, and error 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> _, root, error = newton_schulz(jnp.diag(jnp.array([1.0, 4.0])), steps=10)
+      >>> root.round(4).tolist(), bool(error < 1e-5)
+      ([[1.0, 0.0], [0.0, 0.5]], True)
+
+    References:
+      Higham, Functions of Matrices (2008), equation (6.35); Lee, MBAG, for its use here.
+    """
+    eye = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
+    unit, size = _unit(matrices)  # before the norm, whose squares could overflow
+    norm = jnp.sqrt(jnp.sum(unit * unit, axis=(-2, -1), keepdims=True))
+    norm = jnp.where(norm > 0, norm, 1)
+
+    def step(_: int, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, y = pair
+        change = 1.5 * eye - 0.5 * jnp.matmul(y, x, precision=_PRECISION)
+        return (
+            jnp.matmul(x, change, precision=_PRECISION),
+            jnp.matmul(change, y, precision=_PRECISION),
+        )
+
+    start = (unit / norm, jnp.zeros_like(matrices) + eye)
+    x, y = lax.fori_loop(0, steps, step, start)
+    error = jnp.max(jnp.abs(eye - jnp.matmul(y, x, precision=_PRECISION)), axis=(-2, -1))
+    scale = jnp.sqrt(norm * size)
+    nonzero = jnp.any(matrices != 0, axis=(-2, -1))
+    inverse = jnp.where(nonzero[..., None, None], y / scale, 0)
+    return x * scale, inverse, jnp.where(nonzero, error, 0)
+
+
+def largest_eigenvalue(matrices: jax.Array, steps: int) -> jax.Array:
+    """The largest eigenvalue of positive semidefinite matrices by power iteration, from below.
+
+    Args:
+      matrices: (..., k, k), symmetric, positive semidefinite, finite.
+      steps: of the iteration.
+
+    Returns:
+      (...), at most the largest eigenvalue, in the matrices' units.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> round(float(largest_eigenvalue(jnp.diag(jnp.array([1.0, 9.0])), steps=8)), 4)
+      9.0
+    """
+    unit, size = _unit(matrices)
+    # A start that no eigenvector is likely to be orthogonal to, the same for all.
+    start = jax.random.normal(jax.random.key(0), unit.shape[-1:], unit.dtype)
+    x = jnp.zeros_like(unit[..., 0]) + start / jnp.linalg.norm(start)
+
+    def step(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, _ = state
+        y = jnp.einsum('...ij,...j->...i', unit, x, precision=_PRECISION)
+        norm = jnp.linalg.norm(y, axis=-1)
+        return y / jnp.where(norm > 0, norm, 1)[..., None], norm
+
+    _, norm = lax.fori_loop(0, steps, step, (x, jnp.zeros_like(x[..., 0])))
+    return norm * size[..., 0, 0]

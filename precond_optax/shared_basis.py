@@ -1,0 +1,338 @@
+r"""The shared-basis block low-rank preconditioner: state, transformation, alias."""
+
+import math
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from precond_optax import checks, grafting, leafwise, placement
+from precond_optax import layout as layout_lib
+from precond_optax.checks import Scalar
+from precond_optax.kernels import matrix_root
+from precond_optax.kernels import shared_basis as kernel
+from precond_optax.layout import LeafLayout
+
+
+class ScaleBySharedBasisState(NamedTuple):
+    """State of ``scale_by_shared_basis``.
+
+    ``block`` stands for the axes of a leaf's inputs, ``outputs`` for those of its outputs; batch
+    axes come first. Leaves that are not preconditioned hold ``optax.MaskedNode()`` but for mu.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32: steps taken
+    mu: optax.Updates  # like the parameters, of mu_dtype: mean of the grafted directions
+    basis: optax.Updates  # (rank, *block), float32 at least: B, orthonormal rows
+    coefficients: optax.Updates  # (*outputs, rank * rank), of stats_dtype: R
+    residual: optax.Updates  # (*outputs), float32 at least: rho
+    root: optax.Updates  # (*outputs, rank * rank), of stats_dtype: (R + (rho + eps) I)^(-1/2)
+    graft: optax.OptState  # the grafting rule's own state, if it has any
+    failed_roots: jax.Array  # shape=(leaves,), dtype=float32: how often a block kept its last root
+
+
+def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_basis`)
+    b1: Scalar = 0.9,
+    b2: Scalar = 1.0,
+    eps: Scalar = 1e-8,
+    *,
+    nesterov: bool = False,
+    rank: int = 32,
+    power_iterations: int = 1,
+    oversampling: int = 0,
+    update_every: int = 1,
+    start_step: Scalar = 0,
+    root: str = 'eigh',
+    residual_norm: str = 'spectral',
+    graft: grafting.Graft = 'rmsprop_normalized',
+    max_block_dim: int = 4096,
+    mu_dtype: Any | None = None,
+    stats_dtype: Any | None = None,
+    stochastic_rounding: bool = True,
+    layout: layout_lib.Layout = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of the shared-basis preconditioner, to be subtracted; no learning rate.
+
+    The math is in `shared_basis`. The direction has the shapes and dtypes of the gradients, and
+    the units of the grafting rule's: none for RMSProp's.
+
+    Args:
+      b1, b2, eps, nesterov, rank, power_iterations, oversampling, update_every, start_step, root,
+        residual_norm, graft, max_block_dim, mu_dtype, stats_dtype, stochastic_rounding, layout,
+        seed: as in `shared_basis`, with the same defaults.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with state `ScaleBySharedBasisState`.
+
+    Raises:
+      ValueError: if an argument is out of its range; at ``init``, if a leaf cannot be taken.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, precond_optax
+      >>> tx = optax.chain(precond_optax.scale_by_shared_basis(rank=2), optax.scale(-1e-3))
+      >>> params = {'kernel': jnp.ones((3, 5)), 'bias': jnp.ones(5)}
+      >>> state = tx.init(params)
+      >>> state[0].basis['kernel'].shape, state[0].coefficients['kernel'].shape
+      ((2, 3), (5, 4))
+
+    References:
+      See `shared_basis`.
+    """
+    checks.in_range('b1', b1, 0, 1)
+    checks.in_range('b2', b2, 0, 1, closed=True)
+    checks.in_range('eps', eps, 0)
+    checks.in_range('start_step', start_step, 0)
+    for name, value, low in (
+        ('rank', rank, 1),
+        ('power_iterations', power_iterations, 1),
+        ('oversampling', oversampling, 0),
+        ('update_every', update_every, 1),
+        ('max_block_dim', max_block_dim, 1),
+        ('seed', seed, 0),
+    ):
+        checks.static_int(name, value, low)
+    checks.flag('nesterov', nesterov)
+    checks.flag('stochastic_rounding', stochastic_rounding)
+    checks.one_of('root', root, kernel.ROOTS)
+    checks.one_of('residual_norm', residual_norm, kernel.RESIDUAL_NORMS)
+    checks.float_dtype('mu_dtype', mu_dtype)
+    checks.float_dtype('stats_dtype', stats_dtype)
+    grafting.check(graft)
+    layout_lib.check(layout)
+
+    def fallback(facts: LeafLayout) -> str | None:
+        """What a leaf gets that is not preconditioned."""
+        size = _size(facts, facts.block_axes)
+        if facts.precondition and size <= max_block_dim:
+            return None
+        if facts.precondition:
+            return f'SGD direction, blocks of {size} > max_block_dim={max_block_dim}'
+        return 'grafting direction' if len(facts.groups) < 2 else 'SGD direction'
+
+    def rank_of(facts: LeafLayout) -> int:
+        """The leaf's rank: no more than its blocks have entries."""
+        return min(rank if facts.rank is None else facts.rank, _size(facts, facts.block_axes))
+
+    def key_of(facts: LeafLayout) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(seed), zlib.crc32(facts.path.encode()))
+
+    def shape_of(facts: LeafLayout, axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(facts.shape[axis] for axis in axes)
+
+    def axes_of(facts: LeafLayout) -> dict[str, placement.Axes]:
+        if fallback(facts):
+            return {}
+        batch = tuple(range(facts.batch_axes))
+        return {
+            'basis': (*batch, None, *facts.block_axes),
+            'coefficients': (*batch, *facts.output_axes, None),
+            'residual': (*batch, *facts.output_axes),
+            'root': (*batch, *facts.output_axes, None),
+        }
+
+    def init_leaf(leaf: Any, facts: LeafLayout) -> leafwise.Fields:
+        fields: leafwise.Fields = {'mu': jnp.zeros_like(leaf, dtype=mu_dtype or facts.dtype)}
+        if fallback(facts):
+            return fields | dict.fromkeys(
+                ('basis', 'coefficients', 'residual', 'root'), optax.MaskedNode()
+            )
+        wide, k, axes = facts.compute_dtype, rank_of(facts), axes_of(facts)
+        batch, block = facts.shape[: facts.batch_axes], shape_of(facts, facts.block_axes)
+        start = kernel.random_basis(key_of(facts), k, block, wide)
+        start = jnp.broadcast_to(start, (*batch, k, *block))
+        outputs = (*batch, *shape_of(facts, facts.output_axes))
+
+        def zeros(name: str, dtype: Any, *more: int) -> jax.Array:
+            return placement.zeros(leaf, (*outputs, *more), dtype, axes[name])
+
+        return fields | {
+            'basis': placement.place(start, leaf, axes['basis']),
+            'coefficients': zeros('coefficients', stats_dtype or wide, k * k),
+            'residual': zeros('residual', wide),
+            'root': zeros('root', stats_dtype or wide, k * k),
+        }
+
+    def precondition(
+        grad: jax.Array, state: ScaleBySharedBasisState, facts: LeafLayout
+    ) -> tuple[jax.Array, leafwise.Fields]:
+        """The direction of a leaf that is preconditioned, and what changes."""
+        batch, k = facts.batch_axes, rank_of(facts)
+        order = (*range(batch), *facts.block_axes, *facts.output_axes)
+        back = tuple(sorted(range(len(order)), key=order.__getitem__))
+        more = min(oversampling, _size(facts, facts.block_axes) - k)
+
+        def one_leaf(*arrays: Any) -> tuple[Any, ...]:
+            """One of the leaves that batch axes stack."""
+            grad, basis, flat, residual, flat_root, count, b2, eps = arrays
+            square = (*flat.shape[:-1], k, k)
+            stats = (basis, flat.reshape(square), residual, flat_root.reshape(square))
+            decay = {'b2': b2, 'weight': grafting.weight(b2)}
+
+            def refreshed() -> tuple[Any, ...]:
+                key = jax.random.fold_in(key_of(facts), count)
+                return kernel.refresh(
+                    grad,
+                    *stats,
+                    **decay,
+                    eps=eps,
+                    power_iterations=power_iterations,
+                    extra_rows=(
+                        jax.random.normal(key, (more, *basis.shape[1:]), basis.dtype)
+                        if more
+                        else None
+                    ),
+                    method=root,
+                    residual_norm=residual_norm,
+                )
+
+            def accumulated() -> tuple[Any, ...]:
+                kept = jnp.zeros(residual.shape, bool)
+                new = kernel.accumulate(grad, *stats[:3], **decay)
+                return basis, *new, stats[3], kept
+
+            if update_every == 1:
+                *stats, failed = refreshed()
+            else:
+                now = (count == 1) | ((count - 1) % update_every == facts.turn)
+                *stats, failed = jax.lax.cond(now, refreshed, accumulated)
+            direction = kernel.apply(grad, *stats, eps=eps)
+            basis, coefficients, residual, new_root = stats
+            return (
+                direction,
+                basis,
+                coefficients.reshape(flat.shape),
+                residual,
+                new_root.reshape(flat.shape),
+                jnp.sum(failed, dtype=jnp.float32),
+            )
+
+        step = one_leaf
+        for _ in range(batch):
+            step = jax.vmap(step, in_axes=(*(0,) * 5, *(None,) * 3))
+
+        def whole_leaf(grad: jax.Array, *arrays: Any) -> tuple[Any, ...]:
+            direction, *changed, failed = step(grad.transpose(order), *arrays)
+            return direction.transpose(back), *changed, jnp.sum(failed)
+
+        axes = axes_of(facts)
+        names = tuple(axes)
+        direction, *changed, failed = placement.in_auto_axes(
+            whole_leaf,
+            grad,
+            (tuple(range(grad.ndim)), *axes.values(), ()),
+            grad,
+            *(getattr(state, name) for name in names),
+            state.count,
+            jnp.asarray(b2, grad.dtype),
+            jnp.asarray(eps, grad.dtype),
+        )
+        fields = dict(zip(names, changed, strict=True))
+        return direction, fields | {'failed_roots': state.failed_roots + failed}
+
+    def update_leaf(
+        grad: jax.Array, state: ScaleBySharedBasisState, facts: LeafLayout
+    ) -> tuple[jax.Array, leafwise.Fields]:
+        own = state.graft
+        changed: leafwise.Fields = {}
+        if fallback(facts) == 'grafting direction':
+            direction = own
+        else:
+            direction = grad
+            if fallback(facts) is None:
+                direction, changed = precondition(grad, state, facts)
+            if graft is not None:
+                direction = grafting.rescale(direction, own, facts.axes)
+            if not checks.is_static_zero(start_step):
+                direction = jnp.where(state.count > start_step, direction, own)
+        mu = b1 * state.mu + (1 - b1) * direction
+        changed['mu'] = mu
+        if nesterov:
+            direction = b1 * mu / (1 - b1 ** (state.count + 1)) + (1 - b1) * direction / (
+                1 - b1**state.count
+            )
+            return direction, changed
+        return mu / (1 - b1**state.count), changed
+
+    def describe(facts: LeafLayout) -> str:
+        treatment = fallback(facts)
+        if treatment:
+            return treatment
+        outputs = math.prod(facts.shape[: facts.batch_axes]) * _size(facts, facts.output_axes)
+        size = _size(facts, facts.block_axes)
+        return f'shared basis, {outputs} blocks of {size}, rank {rank_of(facts)}'
+
+    def cost(facts: LeafLayout) -> float:
+        """Of a refresh, which the eigenproblems are most of."""
+        if fallback(facts):
+            return 0
+        return math.prod(facts.shape) / max(1, _size(facts, facts.block_axes)) * rank_of(facts) ** 3
+
+    return leafwise.leafwise(
+        ScaleBySharedBasisState,
+        init_leaf,
+        update_leaf,
+        layout=layout,
+        stochastic=('coefficients',) if stochastic_rounding else (),
+        gathered={'failed_roots': True},
+        one_by_one='failed_roots' if matrix_root.batches_can_deadlock() else None,
+        graft=grafting.standalone(graft, b1, b2, layout),
+        describe=describe,
+        axes=axes_of,
+        every=update_every,
+        cost=cost,
+    )
+
+
+def _size(facts: LeafLayout, axes: tuple[int, ...]) -> int:
+    return math.prod(facts.shape[axis] for axis in axes)
+
+
+def shared_basis(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: Scalar = 1.0,
+    eps: Scalar = 1e-8,
+    *,
+    nesterov: bool = False,
+    rank: int = 32,
+    power_iterations: int = 1,
+    oversampling: int = 0,
+    update_every: int = 1,
+    start_step: Scalar = 0,
+    root: str = 'eigh',
+    residual_norm: str = 'spectral',
+    graft: grafting.Graft = 'rmsprop_normalized',
+    max_block_dim: int = 4096,
+    mu_dtype: Any | None = None,
+    stats_dtype: Any | None = None,
+    stochastic_rounding: bool = True,
+    layout: layout_lib.Layout = None,
+    seed: int = 0,
+    weight_decay: Scalar = 0.0,
+    mask: Any | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """TODO"""
+    direction = scale_by_shared_basis(
+        b1,
+        b2,
+        eps,
+        nesterov=nesterov,
+        rank=rank,
+        power_iterations=power_iterations,
+        oversampling=oversampling,
+        update_every=update_every,
+        start_step=start_step,
+        root=root,
+        residual_norm=residual_norm,
+        graft=graft,
+        max_block_dim=max_block_dim,
+        mu_dtype=mu_dtype,
+        stats_dtype=stats_dtype,
+        stochastic_rounding=stochastic_rounding,
+        layout=layout,
+        seed=seed,
+    )
+    return leafwise.chain_learning_rate(direction, learning_rate, weight_decay, mask)
