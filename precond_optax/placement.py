@@ -40,11 +40,11 @@ def along(sharding: Sharding, axes: Axes, ndim: int) -> Sharding:
 
 
 def _sharding(leaf: Any) -> Sharding | None:
-    """Where an array lies, as far as it is known: while tracing, in explicit meshes alone."""
+    """Where an array has to be, as far as it is known: while tracing, in explicit meshes alone."""
     if isinstance(leaf, jax.core.Tracer):
         sharding = jax.typeof(leaf).sharding
         return sharding if sharding.mesh.explicit_axes else None
-    return getattr(leaf, 'sharding', None) if isinstance(leaf, jax.Array) else None
+    return leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
 
 
 def zeros(leaf: Any, shape: Sequence[int], dtype: Any, axes: Axes) -> jax.Array:

@@ -1,5 +1,6 @@
 r"""The shared-basis block low-rank preconditioner: state, transformation, alias."""
 
+import functools
 import math
 import zlib
 from typing import Any, NamedTuple
@@ -161,73 +162,24 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
         """The direction of a leaf that is preconditioned, and what changes."""
         batch, k = facts.batch_axes, rank_of(facts)
         order = (*range(batch), *facts.block_axes, *facts.output_axes)
-        back = tuple(sorted(range(len(order)), key=order.__getitem__))
         more = min(oversampling, _size(facts, facts.block_axes) - k)
-
-        def one_leaf(*arrays: Any) -> tuple[Any, ...]:
-            """One of the leaves that batch axes stack."""
-            grad, basis, flat, residual, flat_root, count, b2, eps = arrays
-            square = (*flat.shape[:-1], k, k)
-            stats = (basis, flat.reshape(square), residual, flat_root.reshape(square))
-            decay = {'b2': b2, 'weight': grafting.weight(b2)}
-
-            def refreshed() -> tuple[Any, ...]:
-                key = jax.random.fold_in(key_of(facts), count)
-                return kernel.refresh(
-                    grad,
-                    *stats,
-                    **decay,
-                    eps=eps,
-                    power_iterations=power_iterations,
-                    extra_rows=(
-                        jax.random.normal(key, (more, *basis.shape[1:]), basis.dtype)
-                        if more
-                        else None
-                    ),
-                    method=root,
-                    residual_norm=residual_norm,
-                )
-
-            def accumulated() -> tuple[Any, ...]:
-                kept = jnp.zeros(residual.shape, bool)
-                new = kernel.accumulate(grad, *stats[:3], **decay)
-                return basis, *new, stats[3], kept
-
-            if update_every == 1:
-                *stats, failed = refreshed()
-            else:
-                now = (count == 1) | ((count - 1) % update_every == facts.turn)
-                *stats, failed = jax.lax.cond(now, refreshed, accumulated)
-            direction = kernel.apply(grad, *stats, eps=eps)
-            basis, coefficients, residual, new_root = stats
-            return (
-                direction,
-                basis,
-                coefficients.reshape(flat.shape),
-                residual,
-                new_root.reshape(flat.shape),
-                jnp.sum(failed, dtype=jnp.float32),
-            )
-
-        step = one_leaf
-        for _ in range(batch):
-            step = jax.vmap(step, in_axes=(*(0,) * 5, *(None,) * 3))
-
-        def whole_leaf(grad: jax.Array, *arrays: Any) -> tuple[Any, ...]:
-            direction, *changed, failed = step(grad.transpose(order), *arrays)
-            return direction.transpose(back), *changed, jnp.sum(failed)
 
         axes = axes_of(facts)
         names = tuple(axes)
+        how = _How(
+            batch, order, k, more, power_iterations, update_every, root, residual_norm
+        )
         direction, *changed, failed = placement.in_auto_axes(
-            whole_leaf,
+            functools.partial(_step, how),
             grad,
             (tuple(range(grad.ndim)), *axes.values(), ()),
             grad,
             *(getattr(state, name) for name in names),
-            state.count,
             jnp.asarray(b2, grad.dtype),
             jnp.asarray(eps, grad.dtype),
+            state.count,
+            jnp.asarray(facts.turn),
+            key_of(facts) if more else None,
         )
         fields = dict(zip(names, changed, strict=True))
         return direction, fields | {'failed_roots': state.failed_roots + failed}
@@ -283,6 +235,88 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
         axes=axes_of,
         every=update_every,
         cost=cost,
+    )
+
+
+class _How(NamedTuple):
+    """What is static of a leaf's step. No path: leaves of one shape share a trace."""
+
+    batch_axes: int
+    order: tuple[int, ...]  # batch axes, block, outputs
+    rank: int
+    extra_rows: int
+    power_iterations: int
+    update_every: int
+    root: str
+    residual_norm: str
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step(how: _How, grad: jax.Array, *arrays: Any) -> tuple[Any, ...]:
+    """A leaf's direction, its new fields, and how many of its blocks failed.
+
+    Compiled for itself where the caller does not: one program in place of a hundred.
+    """
+    step = functools.partial(_step_of_one, how)
+    for _ in range(how.batch_axes):
+        step = jax.vmap(step, in_axes=(*(0,) * 5, *(None,) * 5))
+    direction, *changed, failed = step(grad.transpose(how.order), *arrays)
+    back = tuple(sorted(range(grad.ndim), key=how.order.__getitem__))
+    return direction.transpose(back), *changed, jnp.sum(failed, dtype=jnp.float32)
+
+
+def _step_of_one(
+    how: _How,
+    grad: jax.Array,
+    basis: jax.Array,
+    coefficients: jax.Array,
+    residual: jax.Array,
+    root: jax.Array,
+    b2: jax.Array,
+    eps: jax.Array,
+    count: jax.Array,
+    turn: jax.Array,
+    key: jax.Array | None,
+) -> tuple[Any, ...]:
+    """The step of one of the leaves that batch axes stack."""
+    flat, square = coefficients.shape, (*coefficients.shape[:-1], how.rank, how.rank)
+    stats = (basis, coefficients.reshape(square), residual, root.reshape(square))
+    decay = {'b2': b2, 'weight': grafting.weight(b2)}
+
+    def refreshed() -> tuple[Any, ...]:
+        rows = None
+        if key is not None:
+            shape = (how.extra_rows, *basis.shape[1:])
+            rows = jax.random.normal(jax.random.fold_in(key, count), shape, basis.dtype)
+        return kernel.refresh(
+            grad,
+            *stats,
+            **decay,
+            eps=eps,
+            power_iterations=how.power_iterations,
+            extra_rows=rows,
+            method=how.root,
+            residual_norm=how.residual_norm,
+        )
+
+    def accumulated() -> tuple[Any, ...]:
+        new = kernel.accumulate(grad, *stats[:3], **decay)
+        return basis, *new, stats[3], jnp.zeros(residual.shape, bool)
+
+    if how.update_every == 1:
+        *new, failed = refreshed()
+    else:
+        now = (count == 1) | ((count - 1) % how.update_every == turn)
+        *new, failed = jax.lax.cond(now, refreshed, accumulated)
+    direction = kernel.apply(grad, *new, eps=eps)
+    new_basis, new_coefficients, new_residual, new_root = new
+    return (
+        direction,
+        new_basis,
+        new_coefficients.reshape(flat),
+        new_residual,
+        new_root.reshape(flat),
+        failed,
     )
 
 

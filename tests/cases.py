@@ -114,23 +114,6 @@ CASES = (
         state_bytes=16,
         compressed=True,
     ),
-    Case(
-        'shared_basis_mean',
-        precond_optax.shared_basis,
-        keywords={
-            **_EPS,
-            'rank': 2,
-            'b2': 0.9,
-            'oversampling': 1,
-            'power_iterations': 2,
-            'update_every': 2,
-            'nesterov': True,
-            'graft': 'adam',
-        },
-        static_args=_SHARED_BASIS_STATIC,
-        state_bytes=20,
-        compressed=True,
-    ),
 )
 
 BY_NAME = {case.name: case for case in CASES}

@@ -1,6 +1,9 @@
 """Eight CPU devices for all tests, and hypothesis without deadlines."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import hypothesis
 import jax
@@ -8,6 +11,15 @@ import numpy as np
 import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
+
+# Many checks compile the same program: once for all, over all workers of one session.
+_CACHE = 'PRECOND_OPTAX_TEST_CACHE'
+if _CACHE not in os.environ:
+    os.environ[_CACHE] = tempfile.mkdtemp(prefix='precond_optax_test_')
+    atexit.register(shutil.rmtree, os.environ[_CACHE], ignore_errors=True)
+jax.config.update('jax_compilation_cache_dir', os.environ[_CACHE])
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)
 
 hypothesis.settings.register_profile(
     'tests', deadline=None, max_examples=25, derandomize=True, database=None

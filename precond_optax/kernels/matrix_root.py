@@ -8,6 +8,7 @@ batch that is sharded stays so.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # TPUs and GPUs multiply float32 matrices in lower precision unless told otherwise; a root of a
@@ -153,6 +154,18 @@ def newton_schulz(matrices: jax.Array, steps: int) -> tuple[jax.Array, jax.Array
     return x * scale, inverse, jnp.where(nonzero, error, 0)
 
 
+def generic_unit_vector(size: int, dtype: jnp.dtype) -> np.ndarray:
+    """A start for power iterations, to which no eigenvector is likely to be orthogonal.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> generic_unit_vector(3, jnp.float32).shape
+      (3,)
+    """
+    vector = np.random.default_rng(0).normal(size=size)
+    return (vector / np.linalg.norm(vector)).astype(dtype)
+
+
 def largest_eigenvalue(matrices: jax.Array, steps: int) -> jax.Array:
     """The largest eigenvalue of positive semidefinite matrices by power iteration, from below.
 
@@ -169,9 +182,7 @@ def largest_eigenvalue(matrices: jax.Array, steps: int) -> jax.Array:
       9.0
     """
     unit, size = _unit(matrices)
-    # A start that no eigenvector is likely to be orthogonal to, the same for all.
-    start = jax.random.normal(jax.random.key(0), unit.shape[-1:], unit.dtype)
-    x = jnp.zeros_like(unit[..., 0]) + start / jnp.linalg.norm(start)
+    x = jnp.zeros_like(unit[..., 0]) + generic_unit_vector(unit.shape[-1], unit.dtype)
 
     def step(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, _ = state

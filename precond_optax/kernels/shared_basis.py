@@ -373,9 +373,7 @@ class _Parts:
 
     def spectral(self, steps: int) -> jax.Array:
         """The spectral norms (\\*outputs) by power iteration, from below."""
-        key = jax.random.key(0)
-        pattern = jax.random.normal(key, self.inside.shape[-1:], self.inside.dtype)
-        pattern = pattern / jnp.linalg.norm(pattern)
+        pattern = matrix_root.generic_unit_vector(self.inside.shape[-1], self.inside.dtype)
         # The gradient, which is most of what is new, and something of every row of the basis.
         x = (self.inside + pattern, jnp.zeros_like(self.inside), jnp.ones_like(self.rest))
 
