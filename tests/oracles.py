@@ -4,7 +4,9 @@ Nothing of the package is imported here, and the forms are other ones than the k
 inverse with a banded pattern is put together from inverses of dense blocks, not from factors.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -129,3 +131,71 @@ def sonew_direction(
         'rmsprop_normalized': lambda: normalized_rms_direction(grads, b2),
     }.get(graft, graft)()
     return u * np.linalg.norm(w) / np.linalg.norm(u) if u.any() else u
+
+
+def blocks(x: np.ndarray, output_axes: Sequence[int]) -> np.ndarray:
+    """A leaf as (b, m): the entries of one output in each column."""
+    x = np.asarray(x, np.float64)
+    outputs = [axis % x.ndim for axis in output_axes]
+    block = [axis for axis in range(x.ndim) if axis not in outputs]
+    return x.transpose(*block, *outputs).reshape(math.prod(x.shape[a] for a in block), -1)
+
+
+def inverse_root(matrix: np.ndarray) -> np.ndarray:
+    """The inverse square root of a symmetric matrix, the pseudo-inverse's where it is singular."""
+    values, vectors = np.linalg.eigh(matrix)
+    sizes = np.where(values > 0, values, 1) ** -0.5 * (values > 0)
+    return vectors * sizes @ vectors.T
+
+
+def block_adagrad_direction(
+    grads: Sequence[np.ndarray], *, b2: float = 1.0, eps: float = 1e-8
+) -> np.ndarray:
+    """(sum g g^T + eps I)^(-1/2) g for each column of gradients (b, m); b2 < 1: the mean."""
+    weight = 1 - b2 if b2 < 1 else 1.0
+    second = np.zeros((grads[0].shape[1], *(grads[0].shape[0],) * 2))
+    for grad in grads:
+        columns = np.asarray(grad, np.float64).T
+        second = b2 * second + weight * columns[:, :, None] * columns[:, None, :]
+    eye = np.eye(grads[0].shape[0])
+    roots = [inverse_root(matrix + eps * eye) for matrix in second]
+    return np.stack([root @ g for root, g in zip(roots, columns, strict=True)], axis=1)
+
+
+def shared_basis_step(
+    grad: np.ndarray,
+    basis: np.ndarray,
+    coefficients: np.ndarray,
+    residual: np.ndarray,
+    *,
+    b2: float = 1.0,
+    power_iterations: int = 1,
+    norm: int | str = 2,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One step of Algorithm 1 with every matrix formed: g (b, m), B (b, k), R (m, k, k), rho (m)."""
+    weight = 1 - b2 if b2 < 1 else 1.0
+    columns = np.asarray(grad, np.float64).T
+    moments = b2 * (basis @ coefficients @ basis.T)
+    moments += weight * columns[:, :, None] * columns[:, None, :]
+    for _ in range(power_iterations):
+        basis, _ = np.linalg.qr(np.einsum('iab,icb,ck->ak', moments, moments, basis))
+    coefficients = basis.T @ moments @ basis
+    smallest = np.linalg.eigvalsh(coefficients)[:, :1, None].clip(min=0)
+    coefficients = coefficients - smallest * np.eye(basis.shape[1])
+    missed = np.linalg.norm(moments - basis @ coefficients @ basis.T, norm, axis=(1, 2))
+    return basis, coefficients, b2 * residual + missed
+
+
+def shared_basis_direction(
+    grads: Sequence[np.ndarray], basis: np.ndarray, *, eps: float = 1e-8, **keywords: Any
+) -> np.ndarray:
+    """Algorithm 1's direction after the gradients (b, m), from a starting basis (b, k)."""
+    rank, outputs = basis.shape[1], grads[0].shape[1]
+    state = basis, np.zeros((outputs, rank, rank)), np.zeros(outputs)
+    for grad in grads:
+        state = shared_basis_step(grad, *state, **keywords)
+    basis, coefficients, residual = state
+    eye = np.eye(len(basis))
+    whole = basis @ coefficients @ basis.T + (residual + eps)[:, None, None] * eye
+    pairs = zip(whole, np.asarray(grads[-1], np.float64).T, strict=True)
+    return np.stack([inverse_root(matrix) @ g for matrix, g in pairs], axis=1)
