@@ -36,7 +36,7 @@ class ScaleBySharedBasisState(NamedTuple):
 
 def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_basis`)
     b1: Scalar = 0.9,
-    b2: Scalar = 1.0,
+    b2: Scalar = 0.9,
     eps: Scalar = 1e-8,
     *,
     nesterov: bool = False,
@@ -327,7 +327,7 @@ def _size(facts: LeafLayout, axes: tuple[int, ...]) -> int:
 def shared_basis(
     learning_rate: optax.ScalarOrSchedule,
     b1: Scalar = 0.9,
-    b2: Scalar = 1.0,
+    b2: Scalar = 0.9,
     eps: Scalar = 1e-8,
     *,
     nesterov: bool = False,

@@ -7,9 +7,9 @@ def get_config() -> config_dict.ConfigDict:
     return config_dict.ConfigDict(
         dict(
             name='shared_basis',
-            learning_rate=1e-3,
+            learning_rate=3e-3,
             b1=0.9,
-            b2=1.0,
+            b2=0.9,
             eps=1e-8,
             nesterov=False,
             rank=32,

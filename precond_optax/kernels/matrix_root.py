@@ -53,7 +53,8 @@ def inverse_square_root(x: jax.Array) -> jax.Array:
       >>> inverse_square_root(jnp.array([4.0, 0.0])).tolist()
       [0.5, 0.0]
     """
-    return jnp.where(x > 0, lax.rsqrt(jnp.where(x > 0, x, 1)), 0)
+    zero = x == 0  # a NaN is not
+    return jnp.where(zero, 0, lax.rsqrt(jnp.where(zero, 1, x)))
 
 
 def decompose(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
