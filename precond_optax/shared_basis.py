@@ -348,7 +348,95 @@ def shared_basis(
     weight_decay: Scalar = 0.0,
     mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """TODO"""
+    r"""Shared basis: each output's second moment, of low rank in a basis that all outputs share.
+
+    A leaf is seen as m blocks, one for each output, of b entries, its inputs: gradients
+    :math:`g_i`. Block-diagonal AdaGrad keeps a b x b second moment of each; this keeps k x k
+    coefficients :math:`R_i` in one basis B of k orthonormal rows, and what that misses as a
+    number :math:`\rho_i`. (The paper's B is this one's transpose.)
+
+    .. math::
+      M_i &= \beta_2 B_{t-1}^T R_{i,t-1} B_{t-1} + (1 - \beta_2)\, g_i g_i^T \\
+      B_t^T &= \mathrm{QR}(A B_{t-1}^T), \quad A = \sum_i M_i M_i^T \\
+      R_i &= \tilde R_i - \sigma_{\min}(\tilde R_i) I, \quad \tilde R_i = B_t M_i B_t^T \\
+      \rho_i &= \beta_2 \rho_{i,t-1} + \|M_i - B_t^T R_i B_t\|_2 \\
+      u_i &= (B_t^T R_i B_t + (\rho_i + \epsilon) I)^{-1/2} g_i \\
+      \mu_t &= \beta_1 \mu_{t-1} + (1 - \beta_1)\, u \|w\| / \|u\| \\
+      \theta_{t+1} &= \theta_t - \alpha_t (\hat\mu_t + \lambda \theta_t)
+
+    with w the update of the grafting rule, leaf by leaf, and a bias-corrected :math:`\hat\mu`. A
+    learning rate found for Adam carries over. ``b2=1`` makes sums of the means, as in the paper.
+    With ``rank`` at least b, u is that of block-diagonal AdaGrad in full.
+
+    The outputs are a leaf's last axis; ``LeafRule`` says otherwise: ``merge_axes=((-2, -1),)`` for
+    the query, key and value kernels (d, heads, head_dim) of attention, so that a head's entries
+    are outputs; ``output_axes`` for any other. Batch axes stack separate leaves. Leaves with one
+    axis or none get the grafting rule's update; embeddings (``precondition=False``) and leaves
+    with blocks longer than ``max_block_dim`` the gradient with the rule's norm; then momentum.
+
+    State beside the parameters: two arrays of each leaf's shape (momentum, RMSProp's), and for a
+    leaf of m blocks of b entries ``k b + 2 m k^2 + m`` numbers.
+
+    Args:
+      learning_rate: the step size, a number or a schedule.
+      b1: decay of the mean of the grafted directions, in [0, 1).
+      b2: decay of the second moments and of the grafting rule's, in [0, 1]. 1: sums, as the paper
+        has them; the update then shrinks as 1 / sqrt(t), as AdaGrad's does.
+      eps: added to the second moments, in units of squared gradients, >= 0.
+      nesterov: whether the mean looks one step ahead, as in ``optax.nadam``.
+      rank: k, >= 1; no more than a leaf's blocks have entries. Time grows with its cube, times
+        the outputs. With ``optax.inject_hyperparams`` all floats may be traced; name the integers
+        rank, power_iterations, oversampling, update_every, max_block_dim and seed in
+        ``static_args``, and there also what you give of dtypes, layout functions or masks.
+      power_iterations: how often a step turns the basis towards the leading eigenvectors of A.
+      oversampling: random rows iterated beside the basis, of which the best k are kept.
+      update_every: steps between two turns of a leaf's basis and two roots, >= 1. The statistics
+        take every gradient in the basis at hand. Leaves take turns, so that no step does all.
+      start_step: the first steps, whose update is the grafting rule's, >= 0.
+      root: 'eigh', the eigendecomposition of the coefficients, or 'newton_schulz', matrix products
+        alone.
+      residual_norm: 'spectral', the paper's, by power iteration from below; or 'frobenius', a
+        bound from above.
+      graft: where the size of the update comes from: 'rmsprop_normalized', 'adam', 'momentum',
+        'sgd', any ``optax.GradientTransformation``, or None for the method's own.
+      max_block_dim: the longest block that is preconditioned.
+      mu_dtype: dtype in which the momentum is stored; None: the parameter's.
+      stats_dtype: dtype in which coefficients and roots are stored; None: the parameter's, but
+        float32 at least. The basis and rho, which are small, are not affected.
+      stochastic_rounding: whether coefficients stored in bfloat16 are rounded stochastically.
+      layout: what the shapes do not tell. A mapping from regular expressions, searched for in
+        a leaf's path ('encoder/0/kernel'), to `LeafRule`, first match wins; or a function
+        ``(path, leaf) -> LeafRule | None``.
+      seed: of the basis that a leaf begins with, beside its path.
+      weight_decay: decoupled, as in ``optax.adamw``, >= 0.
+      mask: which leaves decay, as in ``optax.adamw``.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. Update dtypes follow the gradients'. In the
+      state of `scale_by_shared_basis`, ``failed_roots`` counts by leaf how often a block kept its
+      last root because its gradient's square or its new root was not finite.
+
+    Raises:
+      ValueError: if an argument is out of its range; at ``init``, if a leaf is not of a floating
+        dtype or does not fit its rule, with its path.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, precond_optax
+      >>> def f(x): return jnp.sum((x - 1.0) ** 2)
+      >>> tx = precond_optax.shared_basis(learning_rate=0.1)
+      >>> params = jnp.zeros((3, 2))
+      >>> state = tx.init(params)
+      >>> for _ in range(100):
+      ...   updates, state = tx.update(jax.grad(f)(params), state)
+      ...   params = optax.apply_updates(params, updates)
+      >>> print(f'{f(params):.1f}')
+      0.0
+
+    References:
+      Yen, Duvvuri, Dhillon, Hsieh, "Block Low-Rank Preconditioner with Shared Basis for Stochastic
+      Optimization", NeurIPS 2023: Algorithm 1,
+      equation (5) (the basis), equation (6) (the step), Theorems 1 and 2 (regret).
+    """
     direction = scale_by_shared_basis(
         b1,
         b2,
