@@ -22,7 +22,8 @@ class LeafRule:
 
     Args:
       precondition: True: preconditioned, whatever its number of axes. False: the first-order
-        direction (Adam's for SONew). None: decided by the number of axes that are not batch axes,
+        direction (Adam's for SONew, the gradient with the grafting rule's norm for the shared
+        basis). None: decided by the number of axes that are not batch axes,
         merged ones counted as one; two or more are preconditioned.
       batch_axes: how many leading axes stack separate leaves, such as scanned layers. A leaf of
         shape (layers, m, n) with ``batch_axes=1`` is treated exactly as its layers would be.
@@ -47,7 +48,7 @@ class LeafRule:
       >>> import precond_optax
       >>> rule = precond_optax.LeafRule
       >>> layout = {
-      ...   'embed': rule(precondition=False),  # Adam's direction
+      ...   'embed': rule(precondition=False),  # Adam's direction, for SONew
       ...   'attention/(query|key|value)': rule(merge_axes=((-2, -1),)),
       ...   'mlp': rule(band=4),
       ...   '': rule(max_dim=32768),  # all others, but for huge axes

@@ -203,7 +203,7 @@ def leafwise(
         directions, last = [], None
         for i, (grad, facts) in enumerate(zip(grads, layouts, strict=True)):
             if last is not None:
-                # True, but only the last leaf tells. (XLA drops an optimization barrier too early.)
+                # True, but only the last leaf tells; XLA drops optimization barriers too early.
                 grad = jnp.where(last >= 0, grad, jnp.nan)
             own_numbers = {n: others[n][i] if on else None for n, on in kept.items()}
             direction, changed = update_leaf(

@@ -85,9 +85,7 @@ def place(x: jax.Array, leaf: Any, axes: Axes) -> jax.Array:
     return jax.device_put(x, target)
 
 
-def in_auto_axes(
-    fun: Callable[..., Any], leaf: jax.Array, axes: Any, *args: Any
-) -> Any:
+def in_auto_axes(fun: Callable[..., Any], leaf: jax.Array, axes: Any, *args: Any) -> Any:
     """Calls a function whose sharding the compiler finds, in explicit meshes as in others.
 
     Args:

@@ -20,9 +20,9 @@ def state_sharding(tx: optax.GradientTransformation, params: optax.Params) -> An
     also the target on which a checkpoint of the state is restored.
 
     A leaf of the state shaped like its parameter gets the parameter's sharding. One of another
-    shape follows the parameter's axes that the method says it does, in this package; one of
-    another package (``optax.adafactor``, ``optax.lbfgs``) is sharded along the axes that it has in common
-    with the parameter, by their sizes, and replicated if these do not tell. What belongs to no
+    shape follows, in this package, the parameter's axes that its method names; in others
+    (``optax.adafactor``, ``optax.lbfgs``) it is sharded along the axes that it has in common with
+    the parameter, by their sizes, and replicated if these do not tell. What belongs to no
     parameter (counts, hyperparameters, random keys) is replicated.
 
     Nothing is computed and nothing allocated: ``tx.init`` is only traced.

@@ -166,9 +166,7 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
 
         axes = axes_of(facts)
         names = tuple(axes)
-        how = _How(
-            batch, order, k, more, power_iterations, update_every, root, residual_norm
-        )
+        how = _How(batch, order, k, more, power_iterations, update_every, root, residual_norm)
         direction, *changed, failed = placement.in_auto_axes(
             functools.partial(_step, how),
             grad,
@@ -220,7 +218,9 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
         """Of a refresh, which the eigenproblems are most of."""
         if fallback(facts):
             return 0
-        return math.prod(facts.shape) / max(1, _size(facts, facts.block_axes)) * rank_of(facts) ** 3
+        return (
+            math.prod(facts.shape) / max(1, _size(facts, facts.block_axes)) * rank_of(facts) ** 3
+        )
 
     return leafwise.leafwise(
         ScaleBySharedBasisState,
@@ -281,7 +281,7 @@ def _step_of_one(
     """The step of one of the leaves that batch axes stack."""
     flat, square = coefficients.shape, (*coefficients.shape[:-1], how.rank, how.rank)
     stats = (basis, coefficients.reshape(square), residual, root.reshape(square))
-    decay = {'b2': b2, 'weight': grafting.weight(b2)}
+    weight = grafting.weight(b2)
 
     def refreshed() -> tuple[Any, ...]:
         rows = None
@@ -291,7 +291,8 @@ def _step_of_one(
         return kernel.refresh(
             grad,
             *stats,
-            **decay,
+            b2=b2,
+            weight=weight,
             eps=eps,
             power_iterations=how.power_iterations,
             extra_rows=rows,
@@ -300,7 +301,7 @@ def _step_of_one(
         )
 
     def accumulated() -> tuple[Any, ...]:
-        new = kernel.accumulate(grad, *stats[:3], **decay)
+        new = kernel.accumulate(grad, *stats[:3], b2=b2, weight=weight)
         return basis, *new, stats[3], jnp.zeros(residual.shape, bool)
 
     if how.update_every == 1:

@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')  # as experiments/__init__.py does, and why
+
 import hypothesis
 import jax
 import numpy as np

@@ -172,7 +172,7 @@ def shared_basis_step(
     power_iterations: int = 1,
     norm: int | str = 2,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One step of Algorithm 1 with every matrix formed: g (b, m), B (b, k), R (m, k, k), rho (m)."""
+    """One step of Algorithm 1, all matrices formed: g (b, m), B (b, k), R (m, k, k), rho (m)."""
     weight = 1 - b2 if b2 < 1 else 1.0
     columns = np.asarray(grad, np.float64).T
     moments = b2 * (basis @ coefficients @ basis.T)

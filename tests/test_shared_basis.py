@@ -56,7 +56,7 @@ def test_leaves_are_seen_as_blocks_of_outputs(rng, kind, rank):
     grads = random_grads(rng, shape, 4)
     layout = {'': rule}
     tx = scale_by(**PLAIN, rank=rank, layout=layout, residual_norm='frobenius')
-    updates, state = directions(tx, grads)
+    updates, _ = directions(tx, grads)
     blocks = [oracles.blocks(g, output_axes) for g in grads]
     assert blocks[0].shape[0] == size
     start = np.asarray(tx.init(grads[0]).basis, np.float64)

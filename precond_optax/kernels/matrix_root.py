@@ -80,9 +80,7 @@ def decompose(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values, vectors
 
 
-def from_decomposition(
-    values: jax.Array, vectors: jax.Array, shift: jax.Array
-) -> jax.Array:
+def from_decomposition(values: jax.Array, vectors: jax.Array, shift: jax.Array) -> jax.Array:
     r"""The inverse square root :math:`(V \mathrm{diag}(\lambda) V^T + s I)^{-1/2}`.
 
     Args:
@@ -186,7 +184,7 @@ def largest_eigenvalue(matrices: jax.Array, steps: int) -> jax.Array:
     x = jnp.zeros_like(unit[..., 0]) + generic_unit_vector(unit.shape[-1], unit.dtype)
 
     def step(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x, _ = state
+        x = state[0]
         y = jnp.einsum('...ij,...j->...i', unit, x, precision=_PRECISION)
         norm = jnp.linalg.norm(y, axis=-1)
         return y / jnp.where(norm > 0, norm, 1)[..., None], norm

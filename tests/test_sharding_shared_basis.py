@@ -1,0 +1,102 @@
+"""What moves in a sharded step of the shared basis: sums of (k, b) or (k, m), no coefficients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import precond_optax
+from precond_optax import LeafRule
+from tests.compiled import collectives
+
+RANK, FLOAT = 8, 4
+FIELDS = ('basis', 'coefficients', 'residual', 'root')
+# Shape, rule; the specs of the parameter; those that basis, coefficients, rho and roots then have.
+MATRIX, HEADS, LAYERS = (512, 256), (64, 8, 32), (8, 64, 32)
+CASES = [
+    (MATRIX, {}, P('x', 'y'), (P(None, 'x'), P('y', None), P('y'), P('y', None))),
+    (MATRIX, {}, P('y', 'x'), (P(None, 'y'), P('x', None), P('x'), P('x', None))),
+    (MATRIX, {}, P(('x', 'y')), (P(None, ('x', 'y')), P(None, None), P(None), P(None, None))),
+    (
+        MATRIX,
+        {},
+        P(None, ('x', 'y')),
+        (P(None, None), P(('x', 'y'), None), P(('x', 'y')), P(('x', 'y'), None)),
+    ),
+    (
+        HEADS,
+        {'merge_axes': ((-2, -1),)},
+        P('y', 'x', None),
+        (P(None, 'y'), P('x', None, None), P('x', None), P('x', None, None)),
+    ),
+    (
+        LAYERS,
+        {'batch_axes': 1},
+        P('x', None, 'y'),
+        (P('x', None, None), P('x', 'y', None), P('x', 'y'), P('x', 'y', None)),
+    ),
+]
+
+
+def step_on_a_mesh(shape, rule, spec, kind, **keywords):
+    """The compiled update of a leaf, its parameter and its state."""
+    mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(kind,) * 2)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
+        tx = precond_optax.scale_by_shared_basis(
+            rank=RANK, layout={'': LeafRule(**rule)}, **keywords
+        )
+        shardings = precond_optax.state_sharding(tx, params)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        eager = tx.init(params)
+        compiled = jax.jit(tx.update).lower(params, state, params).compile()
+    return compiled, params, (shardings, eager, compiled.output_shardings[1])
+
+
+@pytest.mark.parametrize('root', ['eigh', 'newton_schulz'])
+@pytest.mark.parametrize(('shape', 'rule', 'spec', 'expected'), CASES)
+def test_no_coefficients_move(shape, rule, spec, expected, root):
+    compiled, params, states = step_on_a_mesh(shape, rule, spec, AxisType.Auto, root=root)
+    for state in states:
+        for field, wanted in zip(FIELDS, expected, strict=True):
+            held = getattr(state, field)
+            held = held if isinstance(held, NamedSharding) else held.sharding
+            ndim = len(wanted)
+            like = NamedSharding(held.mesh, wanted)
+            assert held.is_equivalent_to(like, ndim), (field, held.spec, wanted)
+    check(collectives(compiled.as_text()), params, rule)
+
+
+@pytest.mark.parametrize(('shape', 'rule', 'spec', 'expected'), CASES)
+def test_explicit_meshes_move_no_more(shape, rule, spec, expected):
+    compiled, params, states = step_on_a_mesh(shape, rule, spec, AxisType.Explicit)
+    for state in states:
+        for field, wanted in zip(FIELDS, expected, strict=True):
+            held = getattr(state, field)
+            held = held if isinstance(held, NamedSharding) else held.sharding
+            assert held.is_equivalent_to(NamedSharding(held.mesh, wanted), len(wanted)), field
+    check(collectives(compiled.as_text()), params, rule)
+
+
+def check(found, params, rule):
+    """All-reduces of sums over a sharded axis, and the basis' QR the one thing that is gathered."""
+    batch = rule.get('batch_axes', 0)
+    shard = params.sharding.shard_shape(params.shape)
+    block = params.shape[batch]
+    layers = shard[0] if batch else 1
+    basis = layers * RANK * block * FLOAT
+    outputs = int(np.prod(shard[batch + 1 :]))
+    coordinates = layers * RANK * outputs * FLOAT
+    assert {kind for kind, _ in found} <= {'all-reduce', 'all-gather'}
+    gathered = [size for kind, size in found if kind == 'all-gather']
+    summed = [size for kind, size in found if kind == 'all-reduce']
+    block_is_sharded = shard[batch] < block
+    assert gathered == [basis] * block_is_sharded
+    # The basis once; the blocks' coordinates in the old basis, in the new one and outside both,
+    # with norms and k x k numbers.
+    small = layers * (4 * RANK * RANK + 8 * outputs + 16) * FLOAT
+    assert sum(summed) <= basis + 3 * coordinates * block_is_sharded + small
+    # No coefficients among it, which are `RANK` times as large as the coordinates.
+    assert max(summed) < max(basis + small, coordinates * RANK)
