@@ -11,9 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# TPUs and GPUs multiply float32 matrices in lower precision unless told otherwise; a root of a
-# matrix of condition 1e6 has no digits to give away.
-_PRECISION = lax.Precision.HIGHEST
+
+def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``jnp.einsum`` in full precision, of all products here and of the batched ones elsewhere.
+
+    TPUs and GPUs multiply float32 matrices in a lower precision unless told otherwise; a root of
+    a matrix of condition 1e6 has no digits to give away.
+    """
+    return jnp.einsum(subscripts, a, b, precision=lax.Precision.HIGHEST)
 
 
 def batches_can_deadlock() -> bool:
@@ -79,9 +84,7 @@ def decompose(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values, vectors
 
 
-def from_decomposition(
-    values: jax.Array, vectors: jax.Array, shift: jax.Array
-) -> jax.Array:
+def from_decomposition(values: jax.Array, vectors: jax.Array, shift: jax.Array) -> jax.Array:
     r"""The inverse square root :math:`(V \mathrm{diag}(\lambda) V^T + s I)^{-1/2}`.
 
     Args:
@@ -99,7 +102,7 @@ def from_decomposition(
       [[1.0, 0.0], [0.0, 0.5]]
     """
     scaled = vectors * inverse_square_root(_clipped(values, shift))[..., None, :]
-    return jnp.einsum('...ij,...lj->...il', scaled, vectors, precision=_PRECISION)
+    return product('...ij,...lj->...il', scaled, vectors)
 
 
 def newton_schulz(matrices: jax.Array, steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -139,15 +142,15 @@ def newton_schulz(matrices: jax.Array, steps: int) -> tuple[jax.Array, jax.Array
 
     def step(_: int, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, y = pair
-        change = 1.5 * eye - 0.5 * jnp.matmul(y, x, precision=_PRECISION)
+        change = 1.5 * eye - 0.5 * product('...ij,...jk->...ik', y, x)
         return (
-            jnp.matmul(x, change, precision=_PRECISION),
-            jnp.matmul(change, y, precision=_PRECISION),
+            product('...ij,...jk->...ik', x, change),
+            product('...ij,...jk->...ik', change, y),
         )
 
     start = (unit / norm, jnp.zeros_like(matrices) + eye)
     x, y = lax.fori_loop(0, steps, step, start)
-    error = jnp.max(jnp.abs(eye - jnp.matmul(y, x, precision=_PRECISION)), axis=(-2, -1))
+    error = jnp.max(jnp.abs(eye - product('...ij,...jk->...ik', y, x)), axis=(-2, -1))
     scale = jnp.sqrt(norm * size)
     nonzero = jnp.any(matrices != 0, axis=(-2, -1))
     inverse = jnp.where(nonzero[..., None, None], y / scale, 0)
@@ -185,8 +188,7 @@ def largest_eigenvalue(matrices: jax.Array, steps: int) -> jax.Array:
     x = jnp.zeros_like(unit[..., 0]) + generic_unit_vector(unit.shape[-1], unit.dtype)
 
     def step(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x, _ = state
-        y = jnp.einsum('...ij,...j->...i', unit, x, precision=_PRECISION)
+        y = product('...ij,...j->...i', unit, state[0])
         norm = jnp.linalg.norm(y, axis=-1)
         return y / jnp.where(norm > 0, norm, 1)[..., None], norm
 

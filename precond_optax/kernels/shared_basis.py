@@ -52,9 +52,7 @@ def _over_block(a: jax.Array, b: jax.Array, ndim: int) -> jax.Array:
 
 def _matvec(matrices: jax.Array, vectors: jax.Array) -> jax.Array:
     """(\\*outputs, k, k), (\\*outputs, k) -> (\\*outputs, k)."""
-    return jnp.einsum(
-        '...ij,...j->...i', matrices, vectors, precision=lax.Precision.HIGHEST
-    )
+    return matrix_root.product('...ij,...j->...i', matrices, vectors)
 
 
 def _turned(matrices: jax.Array, turn: jax.Array) -> jax.Array:
@@ -299,10 +297,8 @@ def _iterate(
     def apply(rows: jax.Array) -> jax.Array:
         inside = _over_block(rows, basis, ndim)  # (q, k)
         along = project(rows, grad)  # (*outputs, q)
-        in_basis = inside @ second + _dot(along, weighted, (outputs, outputs))
-        of_grads = (
-            _dot(weighted, inside, ((-1,), (1,))) + (share * squares)[..., None] * along
-        )
+        in_basis = _dot(inside, second, ((1,), (0,))) + _dot(along, weighted, (outputs, outputs))
+        of_grads = _dot(weighted, inside, ((-1,), (1,))) + (share * squares)[..., None] * along
         return _dot(in_basis, basis, ((1,), (0,))) + _dot(of_grads, grad, (outputs, behind))
 
     rows = basis if extra_rows is None else jnp.concatenate([basis, extra_rows])
@@ -358,10 +354,8 @@ class _Parts:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         inner = _dot(x1, self.turn, ((-1,), (0,)))
         outer = _dot(x2, self.gram, ((-1,), (0,))) + self.beside * x3[..., None]
-        both = jnp.matmul(
-            self.coefficients,
-            jnp.stack([inner, outer], axis=-1),
-            precision=lax.Precision.HIGHEST,
+        both = matrix_root.product(
+            '...ij,...jk->...ik', self.coefficients, jnp.stack([inner, outer], axis=-1)
         )
         along = jnp.sum(self.beside * x2, axis=-1) + self.rest * x3
         y1 = (
@@ -420,12 +414,8 @@ def _smallest_by_newton_schulz(matrices: jax.Array, shift: jax.Array) -> jax.Arr
     return jnp.maximum(matrix_root.inverse_square_root(largest) ** 4 - added, 0)
 
 
-def _root_by_newton_schulz(
-    matrices: jax.Array, shift: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    _, inverse, error = matrix_root.newton_schulz(
-        _shifted(matrices, shift), _NEWTON_SCHULZ_STEPS
-    )
+def _root_by_newton_schulz(matrices: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    _, inverse, error = matrix_root.newton_schulz(_shifted(matrices, shift), _NEWTON_SCHULZ_STEPS)
     return inverse, error
 
 
