@@ -51,14 +51,17 @@ def _clipped(values: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def inverse_square_root(x: jax.Array) -> jax.Array:
-    """``1 / sqrt(x)``, and 0 where x is 0: the pseudo-inverse's, for statistics without entries.
+    """``1 / sqrt(x)``, and 0 where x <= 0: the pseudo-inverse's, for statistics without entries.
+
+    NaN stays NaN.
 
     Example:
       >>> import jax.numpy as jnp
       >>> inverse_square_root(jnp.array([4.0, 0.0])).tolist()
       [0.5, 0.0]
     """
-    return jnp.where(x > 0, lax.rsqrt(jnp.where(x > 0, x, 1)), 0)
+    none = x <= 0
+    return jnp.where(none, 0, lax.rsqrt(jnp.where(none, 1, x)))
 
 
 def decompose(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -123,8 +126,11 @@ def newton_schulz(matrices: jax.Array, steps: int) -> tuple[jax.Array, jax.Array
 
     Returns:
       The roots and the inverse roots (..., k, k), in the units of R to the powers 1/2 and -1/2,
-      and the errors (...): the largest absolute entry of :math:`I - Y X`, 0 for a perfect root.
-      The zero matrix has the roots zero and zero, and error 0.
+      and the errors (...): the Frobenius norm of :math:`I - Y X`, 0 for a perfect root. It bounds
+      the relative error of the inverse root but for rounding; the largest entry would not: a
+      direction that has not converged may have but a small share in each. The zero matrix has
+      the roots zero and zero, and error 0. Of a singular or indefinite one what is negative grows
+      without bound, to an error that is large or NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -150,7 +156,8 @@ def newton_schulz(matrices: jax.Array, steps: int) -> tuple[jax.Array, jax.Array
 
     start = (unit / norm, jnp.zeros_like(matrices) + eye)
     x, y = lax.fori_loop(0, steps, step, start)
-    error = jnp.max(jnp.abs(eye - product('...ij,...jk->...ik', y, x)), axis=(-2, -1))
+    left = eye - product('...ij,...jk->...ik', y, x)
+    error = jnp.sqrt(jnp.sum(left * left, axis=(-2, -1)))
     scale = jnp.sqrt(norm * size)
     nonzero = jnp.any(matrices != 0, axis=(-2, -1))
     inverse = jnp.where(nonzero[..., None, None], y / scale, 0)
