@@ -19,6 +19,7 @@ summed over the outputs is (k, b) or smaller.
 Shapes below: block and outputs stand for one axis or more each.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -34,7 +35,6 @@ RESIDUAL_NORMS = ('spectral', 'frobenius')
 # Power iterations for the residual's norm: from below, within 5 % where it matters; see
 # `experiments/accuracy_shared_basis.py`.
 _NORM_STEPS = 8
-_NEWTON_SCHULZ_STEPS = 25
 _NEWTON_SCHULZ_TOLERANCE = 0.1
 
 
@@ -398,6 +398,11 @@ class _Parts:
         return jnp.sqrt(within + 2 * jnp.maximum(across, 0) + jnp.maximum(outside, 0))
 
 
+def _newton_schulz_steps(dtype: jnp.dtype) -> int:
+    """As many as `_shifted`'s least shift wants, and some: 25 in float32, 50 in float64."""
+    return math.ceil(-math.log(10 * float(jnp.finfo(dtype).eps)) / math.log(9 / 4)) + 8
+
+
 def _shifted(matrices: jax.Array, shift: jax.Array) -> jax.Array:
     """R + s I with at least so much shift that the iteration comes to its end."""
     least = 10 * jnp.finfo(matrices.dtype).eps * matrix_root.trace(matrices)
@@ -409,13 +414,15 @@ def _smallest_by_newton_schulz(matrices: jax.Array, shift: jax.Array) -> jax.Arr
     """The smallest eigenvalues: the inverse root's largest one, by power iteration."""
     shifted = _shifted(matrices, shift)
     added = matrix_root.trace(shifted - matrices) / matrices.shape[-1]
-    _, inverse, _ = matrix_root.newton_schulz(shifted, _NEWTON_SCHULZ_STEPS)
+    steps = _newton_schulz_steps(matrices.dtype)
+    _, inverse, _ = matrix_root.newton_schulz(shifted, steps)
     largest = matrix_root.largest_eigenvalue(inverse, 2 * _NORM_STEPS)
     return jnp.maximum(matrix_root.inverse_square_root(largest) ** 4 - added, 0)
 
 
 def _root_by_newton_schulz(matrices: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
-    _, inverse, error = matrix_root.newton_schulz(_shifted(matrices, shift), _NEWTON_SCHULZ_STEPS)
+    steps = _newton_schulz_steps(matrices.dtype)
+    _, inverse, error = matrix_root.newton_schulz(_shifted(matrices, shift), steps)
     return inverse, error
 
 

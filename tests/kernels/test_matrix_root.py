@@ -54,6 +54,20 @@ def inverse_root(x, shift, *, method, steps=None):
     return matrix_root.newton_schulz(shifted, steps or STEPS[str(x.dtype)])[1]
 
 
+# All that a batch of matrices (..., k, k) and of shifts (...) may go through, and what axes it has
+# of its own.
+FUNCTIONS = {
+    'eigenvalues': (lambda x, s: matrix_root.decompose(x)[0], 1),
+    'root_by_eigh': (functools.partial(inverse_root, method='eigh'), 2),
+    'root_by_newton_schulz': (functools.partial(inverse_root, method='newton_schulz'), 2),
+    'square_root': (lambda x, s: matrix_root.newton_schulz(x, 5)[0], 2),
+    'error_of_newton_schulz': (lambda x, s: matrix_root.newton_schulz(x, 5)[2], 0),
+    'largest_eigenvalue': (lambda x, s: matrix_root.largest_eigenvalue(x, 4), 0),
+    'trace': (lambda x, s: matrix_root.trace(x), 0),
+}
+FUNCTIONS = {name: (jax.jit(function), own) for name, (function, own) in FUNCTIONS.items()}
+
+
 def relative_errors(found, exact):
     found = np.asarray(found, np.float64)
     return oracles.spectral_norm(found - exact) / oracles.spectral_norm(exact)
@@ -191,11 +205,11 @@ def test_newton_schulz_tells_where_it_has_not_converged(rng, dtype):
     assert seen[4][0] < 1e-3
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('condition', [1e1, 1e3, 1e5, 1e10])
+@pytest.mark.parametrize(
+    ('dtype', 'condition'),
+    [('float32', 1e3), ('float32', 1e5), ('float64', 1e5), ('float64', 1e10)],
+)
 def test_newton_schulz_wants_as_many_steps_as_its_docstring_says(dtype, condition):
-    if condition > CONDITION[dtype] * 10:
-        pytest.skip('beyond the digits')
     with jax.enable_x64(dtype == 'float64'):
         x = jnp.diag(jnp.geomspace(1, 1 / condition, 6, dtype=dtype))
         steps = math.ceil(math.log(condition) / math.log(9 / 4)) + 5
@@ -205,29 +219,22 @@ def test_newton_schulz_wants_as_many_steps_as_its_docstring_says(dtype, conditio
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize('where', [np.s_[1, :, :], np.s_[1, 0, 0]], ids=['whole', 'one_entry'])
-def test_what_is_not_finite_spoils_its_own_matrix_alone(rng, bad, where):
+@pytest.mark.parametrize('where', [np.s_[1], np.s_[1, 0, 0]], ids=['whole', 'one_entry'])
+@pytest.mark.parametrize('name', [name for name in FUNCTIONS if name != 'trace'])
+def test_what_is_not_finite_spoils_its_own_matrix_alone(rng, name, where, bad):
+    function, _ = FUNCTIONS[name]
     good = batch(['well conditioned'], 4, 'float32', rng, [1, 1, 1])[0][0]
     x = good.copy()
     x[where] = bad
-    for function in (
-        lambda x: matrix_root.decompose(x)[0],
-        lambda x: inverse_root(x, jnp.full(3, 0.5), method='eigh'),
-        lambda x: inverse_root(x, jnp.zeros(3), method='eigh'),
-        lambda x: inverse_root(x, jnp.full(3, 0.5), method='newton_schulz'),
-        lambda x: inverse_root(x, jnp.zeros(3), method='newton_schulz'),
-        lambda x: matrix_root.newton_schulz(x, 10)[2],
-        lambda x: matrix_root.largest_eigenvalue(x, 4),
-    ):
-        found, expected = np.asarray(function(x)), np.asarray(function(good))
+    for shift in (np.zeros(3, np.float32), np.full(3, 0.5, np.float32)):
+        found, expected = np.asarray(function(x, shift)), np.asarray(function(good, shift))
         assert np.all(np.isnan(found[1]))
         np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
-    vectors = matrix_root.decompose(x)[1]
-    np.testing.assert_array_equal(vectors[0], matrix_root.decompose(good)[1][0])
-    # A shift that is not finite is its own matrix's as well.
-    shift = jnp.array([0.5, bad, 0.5])
-    if np.isnan(bad):
-        assert np.all(np.isnan(inverse_root(good, shift, method='eigh')[1]))
+    if name.startswith('root') and np.isnan(bad):
+        shift[1] = bad
+        found = np.asarray(function(good, shift))
+        assert np.all(np.isnan(found[1]))
+        np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
 
 
 def test_scalar_roots():
@@ -265,23 +272,30 @@ def test_the_start_of_the_power_iteration_is_a_generic_unit_vector():
 
 
 @pytest.mark.parametrize('axes', [(), (12,), (3, 4), (2, 1, 3, 2)])
-def test_any_number_of_batch_axes(rng, axes):
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_any_number_of_batch_axes(rng, name, axes):
+    function, own = FUNCTIONS[name]
     count = math.prod(axes)
-    flat = batch(['well conditioned'], 4, 'float32', rng, np.linspace(1, 2, count))[0][0]
-    x = flat.reshape(*axes, 4, 4)
+    x = batch(['well conditioned'], 4, 'float32', rng, np.linspace(1, 2, count))[0][0]
     shifts = np.linspace(0, 1, count, dtype=np.float32)
-    for function, shape in (
-        (lambda x, s: matrix_root.decompose(x)[0], (4,)),
-        (lambda x, s: inverse_root(x, s, method='eigh'), (4, 4)),
-        (lambda x, s: inverse_root(x, s, method='newton_schulz'), (4, 4)),
-        (lambda x, s: matrix_root.newton_schulz(x, 5)[2], ()),
-        (lambda x, s: matrix_root.largest_eigenvalue(x, 4), ()),
-        (lambda x, s: matrix_root.trace(x), ()),
-    ):
-        found = function(x, jnp.asarray(shifts.reshape(axes)))
-        assert found.shape == (*axes, *shape)
-        alone = np.stack([function(flat[i], jnp.asarray(shifts[i])) for i in range(count)])
-        np.testing.assert_allclose(found, alone.reshape(found.shape), rtol=1e-4, atol=1e-5)
+    found = function(x.reshape(*axes, 4, 4), shifts.reshape(axes))
+    assert found.shape == axes + (4,) * own
+    alone = np.stack([function(*pair) for pair in zip(x, shifts, strict=True)])
+    np.testing.assert_allclose(found, alone.reshape(found.shape), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_the_shared_basis_takes_enough_steps_of_newton_schulz(rng, dtype):
+    """Statistics of rank one and an eps far below them: the least shift is all there is."""
+    with jax.enable_x64(dtype == 'float64'):
+        state = (jnp.eye(8, dtype=dtype), jnp.zeros((3, 8, 8), dtype), jnp.zeros(3, dtype))
+        grad = jnp.asarray(10 * rng.normal(size=(8, 3)), dtype)
+        refresh = functools.partial(shared_basis.refresh, b2=1.0, weight=1.0, eps=1e-20)
+        refresh = jax.jit(functools.partial(refresh, method='newton_schulz'))
+        *_, root, failed = refresh(grad, *state, state[1])
+        assert not np.any(failed)
+        assert np.all(np.isfinite(root))
+        assert np.all(oracles.spectral_norm(root) > 0)
 
 
 def dots(jaxpr):
