@@ -45,7 +45,7 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
     oversampling: int = 0,
     update_every: int = 1,
     start_step: Scalar = 0,
-    root: str = 'eigh',
+    root: str = 'auto',
     residual_norm: str = 'spectral',
     graft: grafting.Graft = 'rmsprop_normalized',
     max_block_dim: int = 4096,
@@ -166,7 +166,11 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
 
         axes = axes_of(facts)
         names = tuple(axes)
-        how = _How(batch, order, k, more, power_iterations, update_every, root, residual_norm)
+        stored = jnp.finfo(stats_dtype or grad.dtype)
+        rounding = float(stored.eps) if stored.bits < jnp.finfo(grad.dtype).bits else 0.0
+        how = _How(
+            batch, order, k, more, power_iterations, update_every, root, residual_norm, rounding
+        )
         direction, *changed, failed = placement.in_auto_axes(
             functools.partial(_step, how),
             grad,
@@ -249,6 +253,7 @@ class _How(NamedTuple):
     update_every: int
     root: str
     residual_norm: str
+    rounding: float  # with which coefficients are stored, where not in the arithmetic's dtype
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -280,7 +285,10 @@ def _step_of_one(
 ) -> tuple[Any, ...]:
     """The step of one of the leaves that batch axes stack."""
     flat, square = coefficients.shape, (*coefficients.shape[:-1], how.rank, how.rank)
-    stats = (basis, coefficients.reshape(square), residual, root.reshape(square))
+    matrices = coefficients.reshape(square)
+    if how.rounding:  # R_ij and R_ji have been rounded apart
+        matrices = (matrices + jnp.swapaxes(matrices, -1, -2)) / 2
+    stats = (basis, matrices, residual, root.reshape(square))
     weight = grafting.weight(b2)
 
     def refreshed() -> tuple[Any, ...]:
@@ -298,6 +306,7 @@ def _step_of_one(
             extra_rows=rows,
             method=how.root,
             residual_norm=how.residual_norm,
+            rounding=how.rounding,
         )
 
     def accumulated() -> tuple[Any, ...]:
@@ -337,7 +346,7 @@ def shared_basis(
     oversampling: int = 0,
     update_every: int = 1,
     start_step: Scalar = 0,
-    root: str = 'eigh',
+    root: str = 'auto',
     residual_norm: str = 'spectral',
     graft: grafting.Graft = 'rmsprop_normalized',
     max_block_dim: int = 4096,
@@ -394,8 +403,8 @@ def shared_basis(
       update_every: steps between two turns of a leaf's basis and two roots, >= 1. The statistics
         take every gradient in the basis at hand. Leaves take turns, so that no step does all.
       start_step: the first steps, whose update is the grafting rule's, >= 0.
-      root: 'eigh', the eigendecomposition of the coefficients, or 'newton_schulz', matrix products
-        alone.
+      root: 'eigh', the eigendecomposition of the coefficients; 'newton_schulz', matrix products
+        alone; or 'auto', which is the second on TPUs and the first elsewhere.
       residual_norm: 'spectral', the paper's, by power iteration from below; or 'frobenius', a
         bound from above.
       graft: where the size of the update comes from: 'rmsprop_normalized', 'adam', 'momentum',

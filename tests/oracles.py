@@ -199,3 +199,18 @@ def shared_basis_direction(
     whole = basis @ coefficients @ basis.T + (residual + eps)[:, None, None] * eye
     pairs = zip(whole, np.asarray(grads[-1], np.float64).T, strict=True)
     return np.stack([inverse_root(matrix) @ g for matrix, g in pairs], axis=1)
+
+
+def inverse_square_root(matrices: np.ndarray, shift: np.ndarray | float = 0.0) -> np.ndarray:
+    """(R + s I)^(-1/2) of positive definite R + s I (..., k, k), by the singular values."""
+    matrices = np.asarray(matrices, np.float64)
+    eye = np.eye(matrices.shape[-1])
+    left, values, _ = np.linalg.svd(
+        matrices + np.asarray(shift, np.float64)[..., None, None] * eye
+    )
+    return (left / np.sqrt(values)[..., None, :]) @ np.swapaxes(left, -1, -2)
+
+
+def spectral_norm(matrices: np.ndarray) -> np.ndarray:
+    """The largest singular values (...) of matrices (..., k, k)."""
+    return np.linalg.norm(np.asarray(matrices, np.float64), 2, axis=(-2, -1))

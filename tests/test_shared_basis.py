@@ -233,14 +233,17 @@ def test_failed_roots_are_counted(rng, monkeypatch):
     assert np.all(np.isfinite(updates[-1]['kernel']))
 
 
-@pytest.mark.parametrize('update_every', [1, 3])
-def test_statistics_in_bfloat16(rng, update_every):
+@pytest.mark.parametrize(
+    ('update_every', 'root'), [(1, 'auto'), (3, 'auto'), (1, 'newton_schulz')]
+)
+def test_statistics_in_bfloat16(rng, update_every, root):
     grads = random_grads(rng, (6, 5), 20)
-    keywords = dict(b2=0.9, eps=1e-2, rank=3, update_every=update_every)
+    keywords = dict(b2=0.9, eps=1e-2, rank=3, update_every=update_every, root=root)
     exact, _ = directions(scale_by(**keywords), grads)
     rounded, state = directions(scale_by(**keywords, stats_dtype='bfloat16'), grads)
     assert state.coefficients.dtype == state.root.dtype == jnp.bfloat16
     assert state.basis.dtype == state.residual.dtype == jnp.float32
+    assert not np.any(state.failed_roots)
     assert 0 < np.linalg.norm(rounded[-1] - exact[-1]) < 0.05 * np.linalg.norm(exact[-1])
 
 
@@ -300,7 +303,10 @@ def test_seeds_and_paths_give_other_bases_and_layers_the_same():
         ({'update_every': 0}, 'update_every must be an integer >= 1, got 0'),
         ({'max_block_dim': 0}, 'max_block_dim must be an integer >= 1, got 0'),
         ({'start_step': -1}, r'start_step must be in \[0, inf\), got -1'),
-        ({'root': 'cholesky'}, "root must be one of 'eigh', 'newton_schulz', got 'cholesky'"),
+        (
+            {'root': 'cholesky'},
+            "root must be one of 'auto', 'eigh', 'newton_schulz', got 'cholesky'",
+        ),
         ({'residual_norm': 'max'}, "residual_norm must be one of 'spectral', 'frobenius'"),
         ({'graft': 'adamw'}, 'graft must be one of'),
         ({'nesterov': 1}, 'nesterov must be True or False, got 1'),

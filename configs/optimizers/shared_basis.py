@@ -17,7 +17,7 @@ def get_config() -> config_dict.ConfigDict:
             oversampling=0,
             update_every=1,
             start_step=0,
-            root='eigh',
+            root='auto',
             residual_norm='spectral',
             graft='rmsprop_normalized',
             max_block_dim=4096,

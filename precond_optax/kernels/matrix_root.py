@@ -11,9 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# TPUs and GPUs multiply float32 matrices in lower precision unless told otherwise; a root of a
-# matrix of condition 1e6 has no digits to give away.
-_PRECISION = lax.Precision.HIGHEST
+
+def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``jnp.einsum`` in full precision, of all products here and of the batched ones elsewhere.
+
+    TPUs and GPUs multiply float32 matrices in a lower precision unless told otherwise; a root of
+    a matrix of condition 1e6 has no digits to give away.
+    """
+    return jnp.einsum(subscripts, a, b, precision=lax.Precision.HIGHEST)
 
 
 def batches_can_deadlock() -> bool:
@@ -46,15 +51,17 @@ def _clipped(values: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def inverse_square_root(x: jax.Array) -> jax.Array:
-    """``1 / sqrt(x)``, and 0 where x is 0: the pseudo-inverse's, for statistics without entries.
+    """``1 / sqrt(x)``, and 0 where x <= 0: the pseudo-inverse's, for statistics without entries.
+
+    NaN stays NaN.
 
     Example:
       >>> import jax.numpy as jnp
       >>> inverse_square_root(jnp.array([4.0, 0.0])).tolist()
       [0.5, 0.0]
     """
-    zero = x == 0  # a NaN is not
-    return jnp.where(zero, 0, lax.rsqrt(jnp.where(zero, 1, x)))
+    none = x <= 0
+    return jnp.where(none, 0, lax.rsqrt(jnp.where(none, 1, x)))
 
 
 def decompose(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -98,7 +105,7 @@ def from_decomposition(values: jax.Array, vectors: jax.Array, shift: jax.Array) 
       [[1.0, 0.0], [0.0, 0.5]]
     """
     scaled = vectors * inverse_square_root(_clipped(values, shift))[..., None, :]
-    return jnp.einsum('...ij,...lj->...il', scaled, vectors, precision=_PRECISION)
+    return product('...ij,...lj->...il', scaled, vectors)
 
 
 def newton_schulz(matrices: jax.Array, steps: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -119,8 +126,11 @@ def newton_schulz(matrices: jax.Array, steps: int) -> tuple[jax.Array, jax.Array
 
     Returns:
       The roots and the inverse roots (..., k, k), in the units of R to the powers 1/2 and -1/2,
-      and the errors (...): the largest absolute entry of :math:`I - Y X`, 0 for a perfect root.
-      The zero matrix has the roots zero and zero, and error 0.
+      and the errors (...): the Frobenius norm of :math:`I - Y X`, 0 for a perfect root. It bounds
+      the relative error of the inverse root but for rounding; the largest entry would not: a
+      direction that has not converged may have but a small share in each. The zero matrix has
+      the roots zero and zero, and error 0. Of a singular or indefinite one what is negative grows
+      without bound, to an error that is large or NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -138,15 +148,16 @@ def newton_schulz(matrices: jax.Array, steps: int) -> tuple[jax.Array, jax.Array
 
     def step(_: int, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, y = pair
-        change = 1.5 * eye - 0.5 * jnp.matmul(y, x, precision=_PRECISION)
+        change = 1.5 * eye - 0.5 * product('...ij,...jk->...ik', y, x)
         return (
-            jnp.matmul(x, change, precision=_PRECISION),
-            jnp.matmul(change, y, precision=_PRECISION),
+            product('...ij,...jk->...ik', x, change),
+            product('...ij,...jk->...ik', change, y),
         )
 
     start = (unit / norm, jnp.zeros_like(matrices) + eye)
     x, y = lax.fori_loop(0, steps, step, start)
-    error = jnp.max(jnp.abs(eye - jnp.matmul(y, x, precision=_PRECISION)), axis=(-2, -1))
+    left = eye - product('...ij,...jk->...ik', y, x)
+    error = jnp.sqrt(jnp.sum(left * left, axis=(-2, -1)))
     scale = jnp.sqrt(norm * size)
     nonzero = jnp.any(matrices != 0, axis=(-2, -1))
     inverse = jnp.where(nonzero[..., None, None], y / scale, 0)
@@ -165,12 +176,13 @@ def generic_unit_vector(size: int, dtype: jnp.dtype) -> np.ndarray:
     return (vector / np.linalg.norm(vector)).astype(dtype)
 
 
-def largest_eigenvalue(matrices: jax.Array, steps: int) -> jax.Array:
+def largest_eigenvalue(matrices: jax.Array, steps: int, squarings: int = 0) -> jax.Array:
     """The largest eigenvalue of positive semidefinite matrices by power iteration, from below.
 
     Args:
       matrices: (..., k, k), symmetric, positive semidefinite, finite.
-      steps: of the iteration.
+      steps: of the iteration, >= 0.
+      squarings: of the matrix before it: each makes a step as good as two.
 
     Returns:
       (...), at most the largest eigenvalue, in the matrices' units.
@@ -181,13 +193,15 @@ def largest_eigenvalue(matrices: jax.Array, steps: int) -> jax.Array:
       9.0
     """
     unit, size = _unit(matrices)
-    x = jnp.zeros_like(unit[..., 0]) + generic_unit_vector(unit.shape[-1], unit.dtype)
+    power = unit
+    for _ in range(squarings):
+        power, _ = _unit(product('...ij,...jl->...il', power, power))
 
-    def step(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x = state[0]
-        y = jnp.einsum('...ij,...j->...i', unit, x, precision=_PRECISION)
-        norm = jnp.linalg.norm(y, axis=-1)
-        return y / jnp.where(norm > 0, norm, 1)[..., None], norm
+    def step(_: int, x: jax.Array) -> jax.Array:
+        y = product('...ij,...j->...i', power, x)
+        norm = jnp.linalg.norm(y, axis=-1, keepdims=True)
+        return y / jnp.where(norm > 0, norm, 1)
 
-    _, norm = lax.fori_loop(0, steps, step, (x, jnp.zeros_like(x[..., 0])))
-    return norm * size[..., 0, 0]
+    start = jnp.zeros_like(unit[..., 0]) + generic_unit_vector(unit.shape[-1], unit.dtype)
+    x = lax.fori_loop(0, steps, step, start)
+    return jnp.linalg.norm(product('...ij,...j->...i', unit, x), axis=-1) * size[..., 0, 0]

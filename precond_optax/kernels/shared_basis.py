@@ -19,7 +19,10 @@ summed over the outputs is (k, b) or smaller.
 Shapes below: block and outputs stand for one axis or more each.
 """
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +32,11 @@ from precond_optax.kernels import matrix_root
 
 Basis = jax.Array
 
-ROOTS = ('eigh', 'newton_schulz')
+ROOTS = ('auto', 'eigh', 'newton_schulz')
 RESIDUAL_NORMS = ('spectral', 'frobenius')
-# Power iterations for the residual's norm: from below, within 5 % where it matters; see
-# `experiments/accuracy_shared_basis.py`.
+# Power iterations for the residual's norm, which is so found from below: 0.95 of it or more in 19
+# of 20 blocks, 0.6 at worst; see `experiments/matrix_roots.py`.
 _NORM_STEPS = 8
-_NEWTON_SCHULZ_STEPS = 25
 _NEWTON_SCHULZ_TOLERANCE = 0.1
 
 
@@ -52,7 +54,7 @@ def _over_block(a: jax.Array, b: jax.Array, ndim: int) -> jax.Array:
 
 def _matvec(matrices: jax.Array, vectors: jax.Array) -> jax.Array:
     """(\\*outputs, k, k), (\\*outputs, k) -> (\\*outputs, k)."""
-    return jnp.einsum('...ij,...j->...i', matrices, vectors, precision=lax.Precision.HIGHEST)
+    return matrix_root.product('...ij,...j->...i', matrices, vectors)
 
 
 def _turned(matrices: jax.Array, turn: jax.Array) -> jax.Array:
@@ -178,6 +180,7 @@ def refresh(
     method: str = 'eigh',
     residual_norm: str = 'spectral',
     norm_steps: int = _NORM_STEPS,
+    rounding: float = 0.0,
 ) -> tuple[Basis, jax.Array, jax.Array, jax.Array, jax.Array]:
     r"""Adds a gradient to the statistics, turns the basis to them and takes the roots.
 
@@ -203,9 +206,12 @@ def refresh(
       power_iterations: how often A is applied, >= 1.
       extra_rows: (p, \*block), rows to iterate beside the basis (oversampling); the best k of all
         are kept.
-      method: 'eigh' or 'newton_schulz', for the roots.
+      method: 'eigh' or 'newton_schulz', for the roots; 'auto' is the second on TPUs, whose
+        compiler gathers what is sharded for the first, and the first elsewhere.
       residual_norm: 'spectral', by power iteration, or 'frobenius', the upper bound.
       norm_steps: of the power iteration for the spectral norm.
+      rounding: the relative one with which the coefficients were stored, if not in their dtype: R
+        may be indefinite by as much.
 
     Returns:
       The new basis, coefficients, residual and roots, and which blocks (\*outputs) failed: those
@@ -232,12 +238,9 @@ def refresh(
     new = project(new_basis, scaled)
     projected = _turned(old, turn) + _outer(new)
 
-    if method == 'eigh':
-        values, vectors = matrix_root.decompose(projected)
-        smallest = jnp.maximum(values[..., 0], 0)
-    else:
-        known = (b2 * residual + eps) / size
-        smallest = _smallest_by_newton_schulz(projected, known)
+    spectrum, inverse_root = _METHODS[method]
+    known = (b2 * residual + eps) / size
+    smallest, *parts = spectrum(projected, known, rounding)
     smallest = jnp.where(jnp.isfinite(smallest), smallest, 0)
 
     if rank == basis[0].size:  # nothing but what was subtracted
@@ -246,7 +249,7 @@ def refresh(
         # From the vectors themselves: differences of squares would leave the root of the rounding.
         left = basis - _dot(turn, new_basis, ((0,), (0,)))  # D = B - W^T B'
         rest = scaled - lift(new_basis, new)  # r
-        parts = _Parts(
+        pieces = _Residual(
             old,
             turn,
             _over_block(left, left, ndim),
@@ -255,16 +258,12 @@ def refresh(
             project(left, rest),
             jnp.sum(rest * rest, axis=tuple(range(ndim))),
         )
-        missed = parts.spectral(norm_steps) if residual_norm == 'spectral' else parts.frobenius()
+        missed = pieces.spectral(norm_steps) if residual_norm == 'spectral' else pieces.frobenius()
 
     new_residual = b2 * residual + missed * size
     shift = (new_residual + eps) / size
-    if method == 'eigh':
-        new_root = matrix_root.from_decomposition(values - smallest[..., None], vectors, shift)
-        failed = left_out
-    else:
-        new_root, error = _root_by_newton_schulz(projected, shift - smallest)
-        failed = left_out | (error > _NEWTON_SCHULZ_TOLERANCE)
+    new_root, diverged = inverse_root(smallest, *parts, shift, rounding)
+    failed = left_out | diverged
     eye = jnp.eye(rank, dtype=old.dtype)
     new_coefficients = (projected - smallest[..., None, None] * eye) * size[..., None, None]
     new_root = new_root * lax.rsqrt(size)[..., None, None]
@@ -297,7 +296,7 @@ def _iterate(
     def apply(rows: jax.Array) -> jax.Array:
         inside = _over_block(rows, basis, ndim)  # (q, k)
         along = coordinates if rows is basis else project(rows, grad)  # (*outputs, q)
-        in_basis = inside @ second + _dot(along, weighted, (outputs, outputs))
+        in_basis = _dot(inside, second, ((1,), (0,))) + _dot(along, weighted, (outputs, outputs))
         of_grads = _dot(weighted, inside, ((-1,), (1,))) + (share * squares)[..., None] * along
         return _dot(in_basis, basis, ((1,), (0,))) + _dot(of_grads, grad, (outputs, behind))
 
@@ -317,7 +316,7 @@ def _iterate(
     return jnp.where(jnp.isfinite(basis), rows, basis)
 
 
-class _Parts:
+class _Residual:
     r"""The residual :math:`E_i = M_i - B'^T R'_i B'` in coordinates, never as a matrix.
 
     The columns of E are combinations of the rows of B', of D = B - W^T B', what the old basis has
@@ -354,10 +353,8 @@ class _Parts:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         inner = _dot(x1, self.turn, ((-1,), (0,)))
         outer = _dot(x2, self.gram, ((-1,), (0,))) + self.beside * x3[..., None]
-        both = jnp.matmul(
-            self.coefficients,
-            jnp.stack([inner, outer], axis=-1),
-            precision=lax.Precision.HIGHEST,
+        both = matrix_root.product(
+            '...ij,...jk->...ik', self.coefficients, jnp.stack([inner, outer], axis=-1)
         )
         along = jnp.sum(self.beside * x2, axis=-1) + self.rest * x3
         y1 = (
@@ -400,25 +397,90 @@ class _Parts:
         return jnp.sqrt(within + 2 * jnp.maximum(across, 0) + jnp.maximum(outside, 0))
 
 
-def _shifted(matrices: jax.Array, shift: jax.Array) -> jax.Array:
+def _newton_schulz_steps(dtype: jnp.dtype) -> int:
+    """As many as `_shifted`'s least shift wants, and some: 25 in float32, 50 in float64."""
+    return math.ceil(-math.log(10 * float(jnp.finfo(dtype).eps)) / math.log(9 / 4)) + 8
+
+
+def _shifted(matrices: jax.Array, shift: jax.Array, rounding: float) -> jax.Array:
     """R + s I with at least so much shift that the iteration comes to its end."""
-    least = 10 * jnp.finfo(matrices.dtype).eps * matrix_root.trace(matrices)
+    least = max(10 * float(jnp.finfo(matrices.dtype).eps), rounding)
     eye = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
-    return matrices + jnp.maximum(shift, least)[..., None, None] * eye
+    shift = jnp.maximum(shift, least * matrix_root.trace(matrices))
+    return matrices + shift[..., None, None] * eye
 
 
-def _smallest_by_newton_schulz(matrices: jax.Array, shift: jax.Array) -> jax.Array:
-    """The smallest eigenvalues: the inverse root's largest one, by power iteration."""
-    shifted = _shifted(matrices, shift)
+# For each method two functions, with the residual's norm, which the second needs, between them:
+# from R~, a shift that is there anyway and `rounding`, the smallest eigenvalues and two arrays;
+# from those, the new shift and `rounding`, the roots and which of them failed.
+
+
+def _spectrum_by_eigh(
+    matrices: jax.Array, shift: jax.Array, rounding: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    del shift, rounding
+    values, vectors = matrix_root.decompose(matrices)
+    return jnp.maximum(values[..., 0], 0), values, vectors
+
+
+def _root_by_eigh(
+    smallest: jax.Array, values: jax.Array, vectors: jax.Array, shift: jax.Array, rounding: float
+) -> tuple[jax.Array, jax.Array]:
+    del rounding
+    root = matrix_root.from_decomposition(values - smallest[..., None], vectors, shift)
+    return root, jnp.zeros(smallest.shape, bool)
+
+
+def _spectrum_by_newton_schulz(
+    matrices: jax.Array, shift: jax.Array, rounding: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    shifted = _shifted(matrices, shift, rounding)
     added = matrix_root.trace(shifted - matrices) / matrices.shape[-1]
-    _, inverse, _ = matrix_root.newton_schulz(shifted, _NEWTON_SCHULZ_STEPS)
-    largest = matrix_root.largest_eigenvalue(inverse, 2 * _NORM_STEPS)
-    return jnp.maximum(matrix_root.inverse_square_root(largest) ** 4 - added, 0)
+    steps = _newton_schulz_steps(matrices.dtype)
+    _, inverse, _ = matrix_root.newton_schulz(shifted, steps)
+    # The smallest eigenvalue is the largest one of the inverse root, to the power of -2; from
+    # below there is from above here, so that it takes more than a rough one.
+    largest = matrix_root.largest_eigenvalue(inverse, _NORM_STEPS, squarings=3)
+    smallest = jnp.maximum(matrix_root.inverse_square_root(largest) ** 4 - added, 0)
+    return smallest, jnp.zeros_like(matrices[..., 0]), matrices
 
 
-def _root_by_newton_schulz(matrices: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
-    _, inverse, error = matrix_root.newton_schulz(_shifted(matrices, shift), _NEWTON_SCHULZ_STEPS)
-    return inverse, error
+def _root_by_newton_schulz(
+    smallest: jax.Array, unused: jax.Array, matrices: jax.Array, shift: jax.Array, rounding: float
+) -> tuple[jax.Array, jax.Array]:
+    del unused
+    steps = _newton_schulz_steps(matrices.dtype)
+    shifted = _shifted(matrices, shift - smallest, rounding)
+    _, inverse, error = matrix_root.newton_schulz(shifted, steps)
+    return inverse, error > _NEWTON_SCHULZ_TOLERANCE
+
+
+def _by_platform(on_tpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    """One function on TPUs and another elsewhere, chosen when the program is lowered."""
+
+    def chosen(*args: Any) -> Any:
+        *arrays, rounding = args
+        return lax.platform_dependent(
+            *arrays,
+            tpu=functools.partial(_last, on_tpu, rounding),
+            default=functools.partial(_last, elsewhere, rounding),
+        )
+
+    return chosen
+
+
+def _last(function: Callable[..., Any], rounding: float, *arrays: jax.Array) -> Any:
+    return function(*arrays, rounding)
+
+
+_METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    'eigh': (_spectrum_by_eigh, _root_by_eigh),
+    'newton_schulz': (_spectrum_by_newton_schulz, _root_by_newton_schulz),
+    'auto': (
+        _by_platform(_spectrum_by_newton_schulz, _spectrum_by_eigh),
+        _by_platform(_root_by_newton_schulz, _root_by_eigh),
+    ),
+}
 
 
 def apply(

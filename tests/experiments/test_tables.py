@@ -1,6 +1,6 @@
-"""The tables of accuracy and sharding, on as little as they take."""
+"""The tables of accuracy, sharding and matrix roots, on as little as they take."""
 
-from experiments import accuracy, sharding, workdir
+from experiments import accuracy, matrix_roots, sharding, workdir
 from tests import test_sharding
 
 
@@ -37,3 +37,38 @@ def test_sharding_tables(monkeypatch, tmp_path, capsys):
     assert '| 16x8 ' in capsys.readouterr().out
     assert (tmp_path / 'sharding.md').read_text() == text + '\n'
     assert '"commit"' in (tmp_path / 'sharding.json').read_text()
+
+
+def test_matrix_roots_tables(monkeypatch):
+    for name, value in {
+        'BATCHES': {4: 3},
+        'STEPS': (5, 25),
+        'CONDITIONS': (1e2,),
+        'SHIFTS': (1e-2,),
+        'BLOCK': 6,
+        'OUTPUTS': 3,
+        'PRECISION_CASES': {'extra rows': (3, 1, {'directions': 2})},
+        'PRECISION_STEPS': 4,
+        'NORM_STEPS': (2, 32),
+        'NORM_TIMES': 3,
+        'NORM_RANK': 2,
+    }.items():
+        monkeypatch.setattr(matrix_roots, name, value)
+    monkeypatch.setattr(accuracy, 'gradients', matrix_roots.random_gradients)
+    roots, times = matrix_roots.compare_roots(), matrix_roots.time_roots(repeats=1)
+    errors = {(row['condition'], row['method']): row['largest'] for row in roots}
+    assert len(roots) == 6
+    for condition in (0, 1e2):  # 0: the matrices with a shift
+        assert errors[condition, 'eigh'] < 1e-4
+        assert errors[condition, '25 steps'] < 1e-4 < errors[condition, '5 steps']
+    assert all(row['ms'] > 0 for row in times)
+    precisions = matrix_roots.compare_precisions()
+    for full, low in zip(precisions[::2], precisions[1::2], strict=True):
+        assert (full['products'], low['products']) == ('full', 'bfloat16')
+        for measure in ('largest', 'orthonormality', 'residual'):
+            assert full[measure] < 0.01 * low[measure]
+    norms = matrix_roots.compare_norms()
+    assert all(row['smallest'] > 0.999 for row in norms if row['norm'] == 'frobenius')
+    assert all(row['largest'] < 1.001 for row in norms if row['norm'] != 'frobenius')
+    text = matrix_roots.render(roots, times, precisions, norms)
+    assert text.count('\n\n| ') == 6

@@ -16,6 +16,7 @@ from precond_optax.kernels import shared_basis as kernel
 from tests import oracles
 
 SUM = {'b2': 1.0, 'weight': 1.0}
+METHODS = ('eigh', 'newton_schulz')  # 'auto' is one of them
 
 
 def start(rank, block, outputs, dtype='float32', seed=0):
@@ -65,7 +66,7 @@ def cases(draw):
 
 
 @given(cases())
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_direction_is_the_dense_oracles(case):
     block, outputs, rank, steps, b2, iterations, norm, seed = case
     rng = np.random.default_rng(seed)
@@ -95,7 +96,7 @@ def test_direction_is_the_dense_oracles(case):
     assert_close(directions[-1], expected, 1e-8 if norm == 'frobenius' else 1e-3)
 
 
-@pytest.mark.parametrize('method', kernel.ROOTS)
+@pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize(('dtype', 'rtol'), [('float64', 1e-9), ('float32', 1e-3)])
 def test_full_rank_is_exact_block_adagrad_at_every_step(rng, method, dtype, rtol):
     grads = [rng.normal(size=(6, 5)) * np.geomspace(1, 0.05, 6)[:, None] for _ in range(12)]
@@ -187,7 +188,7 @@ def test_basis_stays_orthonormal(dtype):
     assert np.linalg.eigvalsh(np.asarray(coefficients)).min() > -1e-3
 
 
-@pytest.mark.parametrize('method', kernel.ROOTS)
+@pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('norm', kernel.RESIDUAL_NORMS)
 @pytest.mark.parametrize('scale', [0.0, 1e-18, 1.0, 1e15])
 @pytest.mark.parametrize('kind', ['full', 'rank_one', 'same', 'one_block'])
@@ -278,7 +279,7 @@ def test_several_axes_are_one(rng, norm):
     assert_close(np.reshape(many[-1], (6, 10)), np.asarray(flat[-1]), 1e-9)
 
 
-@pytest.mark.parametrize('method', kernel.ROOTS)
+@pytest.mark.parametrize('method', METHODS)
 def test_no_array_is_larger_than_the_leaf_or_the_coefficients(method):
     """Neither an M_i (m, b, b) nor A (b, b) nor anything (m, b, k): from the compiled text."""
     block, outputs, rank = 96, 112, 8
