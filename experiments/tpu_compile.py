@@ -1,6 +1,6 @@
 """What the TPU compiler makes of one optimizer step; needs libtpu, but no TPU.
 
-JAX_PLATFORMS=cpu python -m experiments.tpu_compile [--band=0 --band=1] [--workdir=DIR]
+JAX_PLATFORMS=cpu python -m experiments.tpu_compile [--band=0 --band=1] [--rank=32] [--workdir=DIR]
 
 Whole steps (update and apply_updates, parameters and state donated) are compiled for a v5e pod
 of 256 chips on 64 hosts, of a language model's 1.1 billion parameters, and for one chip of one
@@ -34,6 +34,7 @@ from tests import compiled as reader
 
 BANDS = (0, 1, 4)
 _BANDS = flags.DEFINE_multi_integer('band', BANDS, "SONew's bands.", lower_bound=0)
+_RANKS = flags.DEFINE_multi_integer('rank', [], "The shared basis' ranks.", lower_bound=1)
 
 LAYERS, WIDTH, HEADS, HEAD_DIM, HIDDEN, VOCABULARY = 16, 2048, 16, 128, 8192, 32768
 _INWARD = ((LAYERS, WIDTH, HEADS, HEAD_DIM), P(None, 'data', 'model', None))
@@ -57,6 +58,11 @@ LANGUAGE_MODEL: dict[str, tuple[tuple[int, ...], P]] = {
 LAYOUT = {
     '^embedding$': precond_optax.LeafRule(precondition=False),
     '^layers/': precond_optax.LeafRule(batch_axes=1),
+}
+# The shared basis merges the heads' axes, so that each entry of a head is an output.
+SHARED_BASIS_LAYOUT = {
+    'attention/(query|key|value)': precond_optax.LeafRule(batch_axes=1, merge_axes=((-2, -1),)),
+    **LAYOUT,
 }
 # One leaf of each kind that is preconditioned.
 KINDS_OF_LEAVES = (
@@ -168,12 +174,30 @@ def measure(tx: optax.GradientTransformation, params: Any) -> Facts:
     )
 
 
-def optimizers(bands: Sequence[int]) -> dict[str, Callable[..., optax.GradientTransformation]]:
-    """Factories that take a layout: Adam, and SONew with each band."""
-    return {'adam': lambda layout=None: optax.adam(1e-3)} | {
-        f'sonew, band {band}': functools.partial(precond_optax.sonew, 1e-3, band=band)
-        for band in bands
-    }
+def shared_basis(rank: int, **keywords: Any) -> optax.GradientTransformation:
+    """The shared basis with blocks as long as the model's hidden layers are wide."""
+    keywords = {'layout': SHARED_BASIS_LAYOUT, 'max_block_dim': HIDDEN, **keywords}
+    return precond_optax.shared_basis(1e-3, rank=rank, **keywords)
+
+
+def optimizers(
+    bands: Sequence[int], ranks: Sequence[int] = ()
+) -> dict[str, Callable[..., optax.GradientTransformation]]:
+    """Factories that take a layout: Adam, SONew with each band, the shared basis of each rank.
+
+    The shared basis has a layout of its own.
+    """
+    return (
+        {'adam': lambda layout=None: optax.adam(1e-3)}
+        | {
+            f'sonew, band {band}': functools.partial(precond_optax.sonew, 1e-3, band=band)
+            for band in bands
+        }
+        | {
+            f'shared basis, rank {rank}': lambda layout=None, rank=rank: shared_basis(rank)
+            for rank in ranks
+        }
+    )
 
 
 def language_model_table(results: dict[str, Facts]) -> str:
@@ -230,7 +254,7 @@ def main(argv: list[str]) -> None:
     """Compiles all steps and prints the tables."""
     main_lib.refuse_arguments(argv)
     with main_lib.clear_errors():
-        made = optimizers(_BANDS.value)
+        made = optimizers(_BANDS.value, _RANKS.value)
         on_pod = {name: make(layout=LAYOUT) for name, make in made.items()}
     params = language_model(pod_mesh())
     whole = {name: measure(tx, params) for name, tx in on_pod.items()}

@@ -67,6 +67,24 @@ def check_collectives(facts, params, band):
     assert facts.moved <= (band + 2) * borders + sum(norms)
 
 
+@pytest.mark.parametrize('name', ['layers/mlp/gate'])
+def test_of_the_shared_basis_no_coefficients_move(params, name):
+    """Roots by eigh would be gathered here, 134 MB twelve times: 'auto' takes Newton-Schulz."""
+    rank, leaf = 32, {name: params[name]}
+    layers, block, outputs = params[name].sharding.shard_shape(params[name].shape)
+    facts = tpu_compile.measure(tpu_compile.shared_basis(rank), leaf)
+    print(tpu_compile.language_model_table({f'shared basis, {name}': facts}))
+    basis = 4 * layers * rank * params[name].shape[1]
+    coefficients = 4 * layers * outputs * rank * rank
+    gathered = [size for kind, size in facts.collectives if kind == 'all-gather']
+    assert gathered == [basis]
+    assert {kind for kind, _ in facts.collectives} == {'all-gather', 'all-reduce'}
+    assert facts.moved <= 4 * basis
+    # Parameter, gradient, momentum, RMSProp's square; coefficients and roots, without padding.
+    size = 4 * layers * block * outputs
+    assert facts.arguments <= 1.02 * (4 * size + 2 * coefficients + basis)
+
+
 @pytest.mark.parametrize('name', ['layers/attention/query', 'layers/mlp/gate'])
 def test_a_gathered_leaf_is_seen(params, name):
     """Flattening, as the authors' code does: `check_collectives` would reject it."""
