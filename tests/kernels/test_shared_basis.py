@@ -158,6 +158,15 @@ def test_apply_is_a_dense_inverse_root(rng):
     assert_close(direction, np.stack(expected, axis=1), 1e-5)
 
 
+def test_rounding_outside_the_basis_is_not_blown_up(rng):
+    """A gradient inside it leaves noise outside, where next to nothing has been seen so far."""
+    basis = jnp.asarray(np.linalg.qr(rng.normal(size=(7, 3)))[0].T, 'float32')
+    grad = basis.T @ jnp.asarray(rng.normal(size=(3, 5)), 'float32')
+    eye = jnp.broadcast_to(jnp.eye(3), (5, 3, 3))
+    direction = kernel.apply(grad, basis, eye, jnp.full(5, 1e-20), eye, eps=0.0)
+    assert_close(direction, np.asarray(grad), 1e-3)
+
+
 def test_accumulate_adds_the_spectral_norm_of_what_the_basis_misses(rng):
     basis, coefficients, residual, _ = start(3, (7,), (5,))
     grad = rng.normal(size=(7, 5)).astype(np.float32)
