@@ -285,10 +285,7 @@ def _step_of_one(
 ) -> tuple[Any, ...]:
     """The step of one of the leaves that batch axes stack."""
     flat, square = coefficients.shape, (*coefficients.shape[:-1], how.rank, how.rank)
-    matrices = coefficients.reshape(square)
-    if how.rounding:  # R_ij and R_ji have been rounded apart
-        matrices = (matrices + jnp.swapaxes(matrices, -1, -2)) / 2
-    stats = (basis, matrices, residual, root.reshape(square))
+    stats = (basis, coefficients.reshape(square), residual, root.reshape(square))
     weight = grafting.weight(b2)
 
     def refreshed() -> tuple[Any, ...]:

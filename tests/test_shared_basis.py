@@ -247,6 +247,18 @@ def test_statistics_in_bfloat16(rng, update_every, root):
     assert 0 < np.linalg.norm(rounded[-1] - exact[-1]) < 0.05 * np.linalg.norm(exact[-1])
 
 
+@pytest.mark.parametrize('root', ['eigh', 'newton_schulz'])
+def test_coefficients_that_rounding_makes_indefinite(rng, root):
+    """Fewer gradients than the block has entries, in full rank: half of R is rounding."""
+    grads = random_grads(rng, (24, 6), 12)
+    keywords = PLAIN | {'eps': 1e-8, 'rank': 24, 'root': root}
+    exact, _ = directions(scale_by(**keywords), grads)
+    rounded, state = directions(scale_by(**keywords, stats_dtype='bfloat16'), grads)
+    assert not np.any(state.failed_roots)
+    pair = [np.ravel(x[-1]) / np.linalg.norm(x[-1]) for x in (exact, rounded)]
+    assert pair[0] @ pair[1] > 0.95
+
+
 def test_all_options_under_scan_jit_and_injection(rng):
     grads = jnp.asarray(rng.normal(size=(7, 2, 6, 5)), 'float32')  # steps, layers, leaf
     options = dict(

@@ -426,7 +426,8 @@ def _spectrum_by_eigh(
 def _root_by_eigh(
     smallest: jax.Array, values: jax.Array, vectors: jax.Array, shift: jax.Array, rounding: float
 ) -> tuple[jax.Array, jax.Array]:
-    del rounding
+    # What is below the rounding is noise, which a root of next to nothing would blow up.
+    shift = jnp.maximum(shift, rounding * jnp.sum(jnp.maximum(values, 0), axis=-1))
     root = matrix_root.from_decomposition(values - smallest[..., None], vectors, shift)
     return root, jnp.zeros(smallest.shape, bool)
 
