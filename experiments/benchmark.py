@@ -14,15 +14,12 @@ benchmark.md.
 --methods and --trees are regular expressions that are searched for in the names in OPTIMIZERS and
 TREES; optax.adam is always measured. The shared basis is left out unless asked for:
 
-OPENBLAS_NUM_THREADS=1 python -m experiments.benchmark --methods=shared --trees=autoencoder \\
-    --rounds=100
-OPENBLAS_NUM_THREADS=1 python -m experiments.benchmark --methods=shared --trees=POS --rounds=20
-OPENBLAS_NUM_THREADS=1 python -m experiments.benchmark --methods=every --trees=POS --rounds=100
+python -m experiments.benchmark --methods=shared --trees=autoencoder --rounds=100
+python -m experiments.benchmark --methods=shared --trees=POS --rounds=20
+python -m experiments.benchmark --methods=every --trees=POS --rounds=100
 
 Its 'every 10' refreshes each leaf in one step out of ten, the leaves in turns: that no step is a
-spike is told by the 99th percentile, of 100 rounds or more. At 64 rows LAPACK's eigensolver uses
-OpenBLAS's threads, which wait for each other many times longer than they compute where others
-need the cores too: hence one thread.
+spike is told by the 99th percentile, of 100 rounds or more.
 """
 
 import functools

@@ -12,8 +12,7 @@ sum of H_i^2, shared by all; and by the one that `scale_by_shared_basis` ends wi
 gradients. With --workdir, the numbers go to block_energy.json there, the tables to
 block_energy.md and a plot to block_energy.png.
 
-The online bases take most of the time, which grows as the cube of their rank. On a busy machine
-set OPENBLAS_NUM_THREADS=1: at small eigenproblems its threads only wait for each other.
+The online bases take most of the time, which grows as the cube of their rank.
 """
 
 import pathlib

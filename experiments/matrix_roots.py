@@ -1,11 +1,10 @@
 """How exact, and how fast, the inverse square roots are on which the shared basis rests.
 
-OPENBLAS_NUM_THREADS=1 python -m experiments.matrix_roots [--workdir=DIR]
+python -m experiments.matrix_roots [--workdir=DIR]
 
 All kernels in float32, all references dense in float64. The first tables compare the
 eigendecomposition with the coupled Newton-Schulz iteration on batches of matrices: the root, the
-smallest eigenvalue, and the time on this machine. (JAX shares a batch out to threads itself;
-threads of OpenBLAS beside them make decompositions slower from k = 64 on.) The next compares
+smallest eigenvalue, and the time on this machine. The next compares
 full-precision products with those of bfloat16 inputs and float32 sums, which TPUs take by
 default; the CPU has no such mode, so the inputs are rounded. The last has the spectral norm of
 the residual, which power iteration finds from below, and the Frobenius norm, which bounds it from
@@ -34,8 +33,6 @@ from tests import oracles
 # Sizes of the matrices, and how many of each.
 BATCHES = {8: 400, 16: 200, 32: 100, 64: 40}
 STEPS = (10, 15, 20, 25, 30)
-# Of the power iteration for the smallest eigenvalue, as in the shared basis.
-EIGENVALUE_STEPS, SQUARINGS = 8, 3  # as the shared basis has them
 # Condition numbers of full matrices; shifts of matrices of half the rank and norm 1.
 CONDITIONS = (1e2, 1e4, 1e6)
 SHIFTS = (1e-4, 1e-6)
@@ -84,7 +81,8 @@ def _by_newton_schulz(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     shifted = x + shift[:, None, None] * jnp.eye(x.shape[-1])
     _, root, error = matrix_root.newton_schulz(shifted, steps)
-    return root, matrix_root.largest_eigenvalue(root, EIGENVALUE_STEPS, SQUARINGS) ** -2, error
+    power = matrix_root.EIGENVALUE_STEPS, matrix_root.SQUARINGS
+    return root, matrix_root.largest_eigenvalue(root, *power) ** -2, error
 
 
 def _methods() -> dict[str, Callable[..., tuple[jax.Array, jax.Array, jax.Array]]]:
@@ -199,17 +197,6 @@ def directions(
     return found, state, failures
 
 
-def exact_directions(grads: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Block-diagonal AdaGrad: (sum g g^T + eps I)^(-1/2) g for each output, dense."""
-    second, found = np.zeros((1, 1, 1)), []
-    for grad in grads:
-        g = np.asarray(grad, np.float64)
-        second = second + np.einsum('am,bm->mab', g, g)
-        root = oracles.inverse_square_root(second, np.full(g.shape[1], EPS))
-        found.append(np.einsum('mab,bm->am', root, g))
-    return found
-
-
 def compare_precisions() -> list[dict[str, Any]]:
     """For each case, method and kind of product: the direction's error, the basis, the residual.
 
@@ -223,8 +210,11 @@ def compare_precisions() -> list[dict[str, Any]]:
             with jax.enable_x64(True):
                 exact = directions(grads, rank, extra, 'eigh', jnp.float64)[0]
         else:
-            exact = exact_directions(grads)
-        for method in shared_basis.ROOTS:
+            exact = [
+                oracles.block_adagrad_direction(grads[:step], eps=EPS)
+                for step in range(1, len(grads) + 1)
+            ]
+        for method in ('eigh', 'newton_schulz'):  # 'auto' is one of them
             for kind in PRODUCTS:
                 with products(kind):
                     found, state, failures = directions(grads, rank, extra, method)

@@ -16,6 +16,8 @@ from precond_optax.kernels import matrix_root
 from precond_optax.kernels import shared_basis as kernel
 from precond_optax.layout import LeafLayout
 
+_GRAFT_ALONE = 'grafting direction'
+
 
 class ScaleBySharedBasisState(NamedTuple):
     """State of ``scale_by_shared_basis``.
@@ -97,7 +99,7 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
         checks.static_int(name, value, low)
     checks.flag('nesterov', nesterov)
     checks.flag('stochastic_rounding', stochastic_rounding)
-    checks.one_of('root', root, kernel.ROOTS)
+    checks.one_of('root', root, tuple(matrix_root.METHODS))
     checks.one_of('residual_norm', residual_norm, kernel.RESIDUAL_NORMS)
     checks.float_dtype('mu_dtype', mu_dtype)
     checks.float_dtype('stats_dtype', stats_dtype)
@@ -111,7 +113,7 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
             return None
         if facts.precondition:
             return f'SGD direction, blocks of {size} > max_block_dim={max_block_dim}'
-        return 'grafting direction' if len(facts.groups) < 2 else 'SGD direction'
+        return _GRAFT_ALONE if len(facts.groups) < 2 else 'SGD direction'
 
     def rank_of(facts: LeafLayout) -> int:
         """The leaf's rank: no more than its blocks have entries."""
@@ -191,7 +193,7 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
     ) -> tuple[jax.Array, leafwise.Fields]:
         own = state.graft
         changed: leafwise.Fields = {}
-        if fallback(facts) == 'grafting direction':
+        if fallback(facts) == _GRAFT_ALONE:
             direction = own
         else:
             direction = grad

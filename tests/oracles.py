@@ -141,13 +141,6 @@ def blocks(x: np.ndarray, output_axes: Sequence[int]) -> np.ndarray:
     return x.transpose(*block, *outputs).reshape(math.prod(x.shape[a] for a in block), -1)
 
 
-def inverse_root(matrix: np.ndarray) -> np.ndarray:
-    """The inverse square root of a symmetric matrix, the pseudo-inverse's where it is singular."""
-    values, vectors = np.linalg.eigh(matrix)
-    sizes = np.where(values > 0, values, 1) ** -0.5 * (values > 0)
-    return vectors * sizes @ vectors.T
-
-
 def block_adagrad_direction(
     grads: Sequence[np.ndarray], *, b2: float = 1.0, eps: float = 1e-8
 ) -> np.ndarray:
@@ -157,9 +150,7 @@ def block_adagrad_direction(
     for grad in grads:
         columns = np.asarray(grad, np.float64).T
         second = b2 * second + weight * columns[:, :, None] * columns[:, None, :]
-    eye = np.eye(grads[0].shape[0])
-    roots = [inverse_root(matrix + eps * eye) for matrix in second]
-    return np.stack([root @ g for root, g in zip(roots, columns, strict=True)], axis=1)
+    return np.einsum('iab,ib->ai', inverse_square_root(second, eps), columns)
 
 
 def shared_basis_step(
@@ -195,10 +186,8 @@ def shared_basis_direction(
     for grad in grads:
         state = shared_basis_step(grad, *state, **keywords)
     basis, coefficients, residual = state
-    eye = np.eye(len(basis))
-    whole = basis @ coefficients @ basis.T + (residual + eps)[:, None, None] * eye
-    pairs = zip(whole, np.asarray(grads[-1], np.float64).T, strict=True)
-    return np.stack([inverse_root(matrix) @ g for matrix, g in pairs], axis=1)
+    roots = inverse_square_root(basis @ coefficients @ basis.T, residual + eps)
+    return np.einsum('iab,bi->ai', roots, np.asarray(grads[-1], np.float64))
 
 
 def inverse_square_root(matrices: np.ndarray, shift: np.ndarray | float = 0.0) -> np.ndarray:

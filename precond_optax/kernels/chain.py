@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from precond_optax import placement
+
 
 def _neighbour(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
     """What stands ``step`` (1 or -1) entries on along the chain; zero past its ends."""
@@ -44,13 +46,7 @@ def _neighbour(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
 
 def _neighbour_anywhere(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
     """The same where the mesh has explicit axes, along which rolls and masks have no rule."""
-    explicit = jax.sharding.get_abstract_mesh().explicit_axes
-    if not explicit:
-        return _neighbour(x, axes, step)
-    in_auto_mode = jax.sharding.auto_axes(
-        lambda x: _neighbour(x, axes, step), axes=explicit, out_sharding=jax.typeof(x).sharding
-    )
-    return in_auto_mode(x)
+    return placement.in_auto_axes(lambda x: _neighbour(x, axes, step), x, tuple(range(x.ndim)), x)
 
 
 def successor(x: jax.Array, axes: Sequence[int]) -> jax.Array:

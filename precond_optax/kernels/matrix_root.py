@@ -6,10 +6,19 @@ alone. `experiments/matrix_roots.py` compares them. Everything is elementwise in
 batch that is sharded stays so.
 """
 
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+# Of the power iteration for the smallest eigenvalue by Newton-Schulz.
+EIGENVALUE_STEPS, SQUARINGS = 8, 3
+_NEWTON_SCHULZ_TOLERANCE = 0.1  # of its error, above which a root has failed
 
 
 def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -205,3 +214,92 @@ def largest_eigenvalue(matrices: jax.Array, steps: int, squarings: int = 0) -> j
     start = jnp.zeros_like(unit[..., 0]) + generic_unit_vector(unit.shape[-1], unit.dtype)
     x = lax.fori_loop(0, steps, step, start)
     return jnp.linalg.norm(product('...ij,...j->...i', unit, x), axis=-1) * size[..., 0, 0]
+
+
+def _newton_schulz_steps(dtype: jnp.dtype) -> int:
+    """As many as `_shifted`'s least shift wants, and some: 25 in float32, 50 in float64."""
+    return math.ceil(-math.log(10 * float(jnp.finfo(dtype).eps)) / math.log(9 / 4)) + 8
+
+
+def _shifted(matrices: jax.Array, shift: jax.Array, rounding: float) -> jax.Array:
+    """R + s I with at least so much shift that the iteration comes to its end."""
+    least = max(10 * float(jnp.finfo(matrices.dtype).eps), rounding)
+    eye = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
+    shift = jnp.maximum(shift, least * trace(matrices))
+    return matrices + shift[..., None, None] * eye
+
+
+# For each method two functions, with the residual's norm, which the second needs, between them:
+# from R~, a shift that is there anyway and `rounding`, the smallest eigenvalues and two arrays;
+# from those, the new shift and `rounding`, the roots and which of them failed.
+
+
+def _spectrum_by_eigh(
+    matrices: jax.Array, shift: jax.Array, rounding: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    del shift, rounding
+    values, vectors = decompose(matrices)
+    return jnp.maximum(values[..., 0], 0), values, vectors
+
+
+def _root_by_eigh(
+    smallest: jax.Array, values: jax.Array, vectors: jax.Array, shift: jax.Array, rounding: float
+) -> tuple[jax.Array, jax.Array]:
+    # What is below the rounding is noise, which a root of next to nothing would blow up.
+    shift = jnp.maximum(shift, rounding * jnp.sum(jnp.maximum(values, 0), axis=-1))
+    root = from_decomposition(values - smallest[..., None], vectors, shift)
+    return root, jnp.zeros(smallest.shape, bool)
+
+
+def _spectrum_by_newton_schulz(
+    matrices: jax.Array, shift: jax.Array, rounding: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    shifted = _shifted(matrices, shift, rounding)
+    added = trace(shifted - matrices) / matrices.shape[-1]
+    steps = _newton_schulz_steps(matrices.dtype)
+    _, inverse, _ = newton_schulz(shifted, steps)
+    # The smallest eigenvalue is the largest one of the inverse root, to the power of -2; from
+    # below there is from above here, so that it takes more than a rough one.
+    largest = largest_eigenvalue(inverse, EIGENVALUE_STEPS, SQUARINGS)
+    smallest = jnp.maximum(inverse_square_root(largest) ** 4 - added, 0)
+    return smallest, jnp.zeros_like(matrices[..., 0]), matrices
+
+
+def _root_by_newton_schulz(
+    smallest: jax.Array, unused: jax.Array, matrices: jax.Array, shift: jax.Array, rounding: float
+) -> tuple[jax.Array, jax.Array]:
+    del unused
+    steps = _newton_schulz_steps(matrices.dtype)
+    shifted = _shifted(matrices, shift - smallest, rounding)
+    _, inverse, error = newton_schulz(shifted, steps)
+    return inverse, error > _NEWTON_SCHULZ_TOLERANCE
+
+
+def _by_platform(on_tpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    """One function on TPUs and another elsewhere, chosen when the program is lowered."""
+
+    def chosen(*args: Any) -> Any:
+        *arrays, rounding = args
+        return lax.platform_dependent(
+            *arrays,
+            tpu=functools.partial(_last, on_tpu, rounding),
+            default=functools.partial(_last, elsewhere, rounding),
+        )
+
+    return chosen
+
+
+def _last(function: Callable[..., Any], rounding: float, *arrays: jax.Array) -> Any:
+    return function(*arrays, rounding)
+
+
+# 'auto' is Newton-Schulz on TPUs, whose compiler gathers the operand of a sharded
+# eigendecomposition, and the eigendecomposition elsewhere.
+METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    'eigh': (_spectrum_by_eigh, _root_by_eigh),
+    'newton_schulz': (_spectrum_by_newton_schulz, _root_by_newton_schulz),
+    'auto': (
+        _by_platform(_spectrum_by_newton_schulz, _spectrum_by_eigh),
+        _by_platform(_root_by_newton_schulz, _root_by_eigh),
+    ),
+}

@@ -19,10 +19,7 @@ summed over the outputs is (k, b) or smaller.
 Shapes below: block and outputs stand for one axis or more each.
 """
 
-import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +29,10 @@ from precond_optax.kernels import matrix_root
 
 Basis = jax.Array
 
-ROOTS = ('auto', 'eigh', 'newton_schulz')
 RESIDUAL_NORMS = ('spectral', 'frobenius')
 # Power iterations for the residual's norm, which is so found from below: 0.95 of it or more in 19
 # of 20 blocks, 0.6 at worst; see `experiments/matrix_roots.py`.
 _NORM_STEPS = 8
-_NEWTON_SCHULZ_TOLERANCE = 0.1
 
 
 def _dot(a: jax.Array, b: jax.Array, axes: tuple[Sequence[int], Sequence[int]]) -> jax.Array:
@@ -238,7 +233,7 @@ def refresh(
     new = project(new_basis, scaled)
     projected = _turned(old, turn) + _outer(new)
 
-    spectrum, inverse_root = _METHODS[method]
+    spectrum, inverse_root = matrix_root.METHODS[method]
     known = (b2 * residual + eps) / size
     smallest, *parts = spectrum(projected, known, rounding)
     smallest = jnp.where(jnp.isfinite(smallest), smallest, 0)
@@ -395,93 +390,6 @@ class _Residual:
         )
         outside = twice + 2 * jnp.sum(self.beside * moved, axis=-1) + self.rest**2
         return jnp.sqrt(within + 2 * jnp.maximum(across, 0) + jnp.maximum(outside, 0))
-
-
-def _newton_schulz_steps(dtype: jnp.dtype) -> int:
-    """As many as `_shifted`'s least shift wants, and some: 25 in float32, 50 in float64."""
-    return math.ceil(-math.log(10 * float(jnp.finfo(dtype).eps)) / math.log(9 / 4)) + 8
-
-
-def _shifted(matrices: jax.Array, shift: jax.Array, rounding: float) -> jax.Array:
-    """R + s I with at least so much shift that the iteration comes to its end."""
-    least = max(10 * float(jnp.finfo(matrices.dtype).eps), rounding)
-    eye = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
-    shift = jnp.maximum(shift, least * matrix_root.trace(matrices))
-    return matrices + shift[..., None, None] * eye
-
-
-# For each method two functions, with the residual's norm, which the second needs, between them:
-# from R~, a shift that is there anyway and `rounding`, the smallest eigenvalues and two arrays;
-# from those, the new shift and `rounding`, the roots and which of them failed.
-
-
-def _spectrum_by_eigh(
-    matrices: jax.Array, shift: jax.Array, rounding: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    del shift, rounding
-    values, vectors = matrix_root.decompose(matrices)
-    return jnp.maximum(values[..., 0], 0), values, vectors
-
-
-def _root_by_eigh(
-    smallest: jax.Array, values: jax.Array, vectors: jax.Array, shift: jax.Array, rounding: float
-) -> tuple[jax.Array, jax.Array]:
-    # What is below the rounding is noise, which a root of next to nothing would blow up.
-    shift = jnp.maximum(shift, rounding * jnp.sum(jnp.maximum(values, 0), axis=-1))
-    root = matrix_root.from_decomposition(values - smallest[..., None], vectors, shift)
-    return root, jnp.zeros(smallest.shape, bool)
-
-
-def _spectrum_by_newton_schulz(
-    matrices: jax.Array, shift: jax.Array, rounding: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    shifted = _shifted(matrices, shift, rounding)
-    added = matrix_root.trace(shifted - matrices) / matrices.shape[-1]
-    steps = _newton_schulz_steps(matrices.dtype)
-    _, inverse, _ = matrix_root.newton_schulz(shifted, steps)
-    # The smallest eigenvalue is the largest one of the inverse root, to the power of -2; from
-    # below there is from above here, so that it takes more than a rough one.
-    largest = matrix_root.largest_eigenvalue(inverse, _NORM_STEPS, squarings=3)
-    smallest = jnp.maximum(matrix_root.inverse_square_root(largest) ** 4 - added, 0)
-    return smallest, jnp.zeros_like(matrices[..., 0]), matrices
-
-
-def _root_by_newton_schulz(
-    smallest: jax.Array, unused: jax.Array, matrices: jax.Array, shift: jax.Array, rounding: float
-) -> tuple[jax.Array, jax.Array]:
-    del unused
-    steps = _newton_schulz_steps(matrices.dtype)
-    shifted = _shifted(matrices, shift - smallest, rounding)
-    _, inverse, error = matrix_root.newton_schulz(shifted, steps)
-    return inverse, error > _NEWTON_SCHULZ_TOLERANCE
-
-
-def _by_platform(on_tpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
-    """One function on TPUs and another elsewhere, chosen when the program is lowered."""
-
-    def chosen(*args: Any) -> Any:
-        *arrays, rounding = args
-        return lax.platform_dependent(
-            *arrays,
-            tpu=functools.partial(_last, on_tpu, rounding),
-            default=functools.partial(_last, elsewhere, rounding),
-        )
-
-    return chosen
-
-
-def _last(function: Callable[..., Any], rounding: float, *arrays: jax.Array) -> Any:
-    return function(*arrays, rounding)
-
-
-_METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    'eigh': (_spectrum_by_eigh, _root_by_eigh),
-    'newton_schulz': (_spectrum_by_newton_schulz, _root_by_newton_schulz),
-    'auto': (
-        _by_platform(_spectrum_by_newton_schulz, _spectrum_by_eigh),
-        _by_platform(_root_by_newton_schulz, _root_by_eigh),
-    ),
-}
 
 
 def apply(
