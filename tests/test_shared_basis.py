@@ -317,7 +317,7 @@ def test_seeds_and_paths_give_other_bases_and_layers_the_same():
         ({'start_step': -1}, r'start_step must be in \[0, inf\), got -1'),
         (
             {'root': 'cholesky'},
-            "root must be one of 'auto', 'eigh', 'newton_schulz', got 'cholesky'",
+            "root must be one of 'eigh', 'newton_schulz', 'auto', got 'cholesky'",
         ),
         ({'residual_norm': 'max'}, "residual_norm must be one of 'spectral', 'frobenius'"),
         ({'graft': 'adamw'}, 'graft must be one of'),
