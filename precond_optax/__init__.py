@@ -1,7 +1,9 @@
 """Second-order and structured preconditioners for JAX, as Optax transformations."""
 
+from precond_optax.block_adam import ScaleByBlockAdamState, block_adam, scale_by_block_adam
 from precond_optax.grafting import Graft
 from precond_optax.layout import Layout, LeafRule
+from precond_optax.mbag import ScaleByMbagState, mbag, scale_by_mbag
 from precond_optax.plan import LeafPlan, Plan, plan
 from precond_optax.sharding import state_sharding
 from precond_optax.shared_basis import (
@@ -19,9 +21,15 @@ __all__ = [
     'LeafPlan',
     'LeafRule',
     'Plan',
+    'ScaleByBlockAdamState',
+    'ScaleByMbagState',
     'ScaleBySharedBasisState',
     'ScaleBySonewState',
+    'block_adam',
+    'mbag',
     'plan',
+    'scale_by_block_adam',
+    'scale_by_mbag',
     'scale_by_shared_basis',
     'scale_by_sonew',
     'shared_basis',

@@ -34,6 +34,13 @@ def in_range(
         raise ValueError(f'{name} must be in {allowed}, got {value!r}.')
 
 
+def positive(name: str, value: Any) -> None:
+    """Raises ``ValueError`` unless ``0 < value < inf``."""
+    if is_static_zero(value):
+        raise ValueError(f'{name} must be > 0, got {value!r}.')
+    in_range(name, value, 0)
+
+
 def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
     """Raises ``ValueError`` unless ``value`` is one of ``allowed``."""
     if isinstance(value, (jax.Array, np.ndarray)) or value not in allowed:

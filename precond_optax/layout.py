@@ -23,8 +23,8 @@ class LeafRule:
     Args:
       precondition: True: preconditioned, whatever its number of axes. False: the first-order
         direction (Adam's for SONew, the gradient with the grafting rule's norm for the shared
-        basis). None: decided by the number of axes that are not batch axes,
-        merged ones counted as one; two or more are preconditioned.
+        basis, blocks of one entry for MBAG and Block Adam). None: decided by the number of axes
+        that are not batch axes, merged ones counted as one; two or more are preconditioned.
       batch_axes: how many leading axes stack separate leaves, such as scanned layers. A leaf of
         shape (layers, m, n) with ``batch_axes=1`` is treated exactly as its layers would be.
       merge_axes: groups of neighbouring axes that are seen as one, as ``reshape`` merges them;
@@ -35,11 +35,13 @@ class LeafRule:
         first-order direction. None: no limit.
       max_dim: the longest axis, merged ones as one, that is preconditioned; likewise.
       band: for SONew: the leaf's own number of off-diagonals. None: the transformation's.
-      order: for SONew: the leaf's own order of the chain, 'F' or 'C'. None: the transformation's.
-      output_axes: for the shared basis: the axes of the outputs; all others but batch axes form
-        the block of one output. Negative ones count from the end. None: the last axis, or the
-        last merged ones.
+      order: for SONew and MBAG: the leaf's own order of the chain, 'F' or 'C'. None: the
+        transformation's.
+      output_axes: for the shared basis and Block Adam: the axes of the outputs; all others but
+        batch axes form the block of one output. Negative ones count from the end. None: the last
+        axis, or the last merged ones.
       rank: for the shared basis: the leaf's own rank. None: the transformation's.
+      block_size: for MBAG and Block Adam: the leaf's own. None: the transformation's.
 
     Raises:
       ValueError: if an argument is of the wrong kind.
@@ -65,6 +67,7 @@ class LeafRule:
     order: str | None = None
     output_axes: tuple[int, ...] | None = None
     rank: int | None = None
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.precondition is not None and not isinstance(self.precondition, bool):
@@ -72,7 +75,8 @@ class LeafRule:
                 f'precondition must be True, False or None, got {self.precondition!r}.'
             )
         checks.static_int('batch_axes', self.batch_axes, 0)
-        for name, low in (('max_size', 1), ('max_dim', 1), ('band', 0), ('rank', 1)):
+        least = {'max_size': 1, 'max_dim': 1, 'band': 0, 'rank': 1, 'block_size': 1}
+        for name, low in least.items():
             if (value := getattr(self, name)) is not None:
                 checks.static_int(name, value, low)
         checks.one_of('order', self.order, (None, 'F', 'C'))
@@ -117,7 +121,7 @@ class LeafLayout:
       groups: the other axes, in groups that are seen as one.
       band, order: what the leaf's rule says of its chain; None: nothing.
       output_axes: the axes of the outputs; none where there are no axes but batch axes.
-      rank: what the leaf's rule says of it; None: nothing.
+      rank, block_size: what the leaf's rule says of them; None: nothing.
       reason: why, for a reader.
       turn: in which of some steps the leaf does what is not done in each; see `leafwise`.
     """
@@ -132,6 +136,7 @@ class LeafLayout:
     order: str | None
     output_axes: tuple[int, ...]
     rank: int | None
+    block_size: int | None
     reason: str
     turn: int = 0
 
@@ -256,6 +261,7 @@ def leaf_layout(path: str, leaf: Any, layout: Layout) -> LeafLayout:
         order=rule.order,
         output_axes=_output_axes(path, shape, rule, groups, source),
         rank=rule.rank,
+        block_size=rule.block_size,
         reason=reason,
     )
 

@@ -1,11 +1,13 @@
 """Arrays that follow a parameter: each of their axes lies as one of the parameter's, or whole.
 
 ``axes`` names, for each axis of such an array, the parameter's axis that it belongs to; None for
-one that belongs to none, such as the rows of a basis.
+one that belongs to none, such as the rows of a basis. Where the number of devices along the
+parameter's axis does not divide the array's, such as a few blocks of many rows, it is whole.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +16,20 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 Axes: TypeAlias = tuple[int | None, ...]
 
 
-def along(sharding: Sharding, axes: Axes, ndim: int) -> Sharding:
+class Follower(NamedTuple):
+    """What is known of an array that follows a parameter."""
+
+    shape: tuple[int, ...]
+    axes: Axes
+
+
+def along(sharding: Sharding, ndim: int, follower: Follower) -> Sharding:
     """The sharding of an array that follows a parameter.
 
     Args:
       sharding: the parameter's.
-      axes: the parameter's axis that each of the array's axes belongs to, or None.
       ndim: the parameter's number of axes.
+      follower: the array's shape, and the parameter's axis that each of its axes belongs to.
 
     Returns:
       A sharding in the same mesh or on the same device.
@@ -29,13 +38,20 @@ def along(sharding: Sharding, axes: Axes, ndim: int) -> Sharding:
       >>> import jax
       >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.make_mesh((jax.device_count(),), ('x',))
-      >>> along(NamedSharding(mesh, P('x')), (None, 0), ndim=2).spec
+      >>> along(NamedSharding(mesh, P('x')), 2, Follower((4, 16), (None, 0))).spec
       P(None, 'x')
     """
     if not isinstance(sharding, NamedSharding):
         return sharding
     entries = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
-    spec = PartitionSpec(*(None if axis is None else entries[axis] for axis in axes))
+
+    def entry(size: int, axis: int | None) -> Any:
+        given = None if axis is None else entries[axis]
+        names = given if isinstance(given, tuple) else () if given is None else (given,)
+        parts = math.prod(sharding.mesh.shape[name] for name in names)
+        return None if size % parts else given
+
+    spec = PartitionSpec(*map(entry, follower.shape, follower.axes))
     return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
@@ -62,7 +78,8 @@ def zeros(leaf: Any, shape: Sequence[int], dtype: Any, axes: Axes) -> jax.Array:
     sharding = _sharding(leaf)
     if sharding is None or isinstance(leaf, jax.core.Tracer):
         return place(jnp.zeros(shape, dtype), leaf, axes)
-    return jnp.zeros(shape, dtype, device=along(sharding, axes, jnp.ndim(leaf)))
+    target = along(sharding, jnp.ndim(leaf), Follower(tuple(shape), axes))
+    return jnp.zeros(shape, dtype, device=target)
 
 
 def place(x: jax.Array, leaf: Any, axes: Axes) -> jax.Array:
@@ -79,33 +96,34 @@ def place(x: jax.Array, leaf: Any, axes: Axes) -> jax.Array:
     sharding = _sharding(leaf)
     if sharding is None:
         return x
-    target = along(sharding, axes, jnp.ndim(leaf))
+    target = along(sharding, jnp.ndim(leaf), Follower(x.shape, axes))
     if isinstance(leaf, jax.core.Tracer):
         return jax.sharding.reshard(x, target)
     return jax.device_put(x, target)
 
 
-def in_auto_axes(fun: Callable[..., Any], leaf: jax.Array, axes: Any, *args: Any) -> Any:
+def in_auto_axes(
+    fun: Callable[..., Any], leaf: jax.Array, results: Sequence[Follower], *args: Any
+) -> Any:
     """Calls a function whose sharding the compiler finds, in explicit meshes as in others.
 
     Args:
-      fun: of ``args``; it must not refer to other arrays.
+      fun: of ``args``, returns a tuple; it must not refer to other arrays.
       leaf: the parameter, or its gradient.
-      axes: for each of the function's results, the parameter's axes that its axes belong to.
+      results: for each of the function's results, its shape and the axes that it follows.
       *args: its arguments.
 
     Returns:
-      The results, placed as ``axes`` say where the mesh is explicit.
+      The results, placed as ``results`` say where the mesh is explicit.
     """
     explicit = jax.sharding.get_abstract_mesh().explicit_axes
     if not explicit:
         return fun(*args)
     sharding = jax.typeof(leaf).sharding
-    out = jax.tree.map(
-        lambda one: along(sharding, one, leaf.ndim), axes, is_leaf=lambda x: _is_axes(x)
-    )
+    out = tuple(along(sharding, leaf.ndim, result) for result in results)
     return jax.sharding.auto_axes(fun, axes=explicit, out_sharding=out)(*args)
 
 
-def _is_axes(x: Any) -> bool:
-    return isinstance(x, tuple) and all(axis is None or isinstance(axis, int) for axis in x)
+def like(leaf: Any) -> Follower:
+    """That of an array of the parameter's own shape."""
+    return Follower(jnp.shape(leaf), tuple(range(jnp.ndim(leaf))))

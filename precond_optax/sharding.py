@@ -112,7 +112,7 @@ def _follow(shape: tuple[int, ...], param: Any, axes: Axes | None) -> Sharding:
     """The sharding of a leaf of this shape that belongs to ``param``."""
     sharding = param.sharding
     if axes is not None:
-        return placement.along(sharding, axes, len(param.shape))
+        return placement.along(sharding, len(param.shape), placement.Follower(shape, axes))
     if shape == param.shape or not isinstance(sharding, NamedSharding):
         return sharding
     spec = tuple(sharding.spec) + (None,) * (len(param.shape) - len(sharding.spec))

@@ -14,6 +14,7 @@ from precond_optax import layout as layout_lib
 from precond_optax.checks import Scalar
 from precond_optax.kernels import matrix_root
 from precond_optax.kernels import shared_basis as kernel
+from precond_optax.kernels.rounding import stored_rounding
 from precond_optax.layout import LeafLayout
 
 _GRAFT_ALONE = 'grafting direction'
@@ -168,17 +169,22 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
 
         axes = axes_of(facts)
         names = tuple(axes)
-        stored = jnp.finfo(stats_dtype or grad.dtype)
-        rounding = float(stored.eps) if stored.bits < jnp.finfo(grad.dtype).bits else 0.0
+        held = [getattr(state, name) for name in names]
+        shapes = [x.shape for x in held]
+        rounding = stored_rounding(stats_dtype, grad.dtype)
         how = _How(
             batch, order, k, more, power_iterations, update_every, root, residual_norm, rounding
         )
         direction, *changed, failed = placement.in_auto_axes(
             functools.partial(_step, how),
             grad,
-            (tuple(range(grad.ndim)), *axes.values(), ()),
+            [
+                placement.like(grad),
+                *map(placement.Follower, shapes, axes.values()),
+                placement.Follower((), ()),
+            ],
             grad,
-            *(getattr(state, name) for name in names),
+            *held,
             jnp.asarray(b2, grad.dtype),
             jnp.asarray(eps, grad.dtype),
             state.count,

@@ -25,6 +25,9 @@ class Case:
       compressed: whether the state has arrays of other shapes than the leaf's.
       layout: whether the factory has a ``layout`` with batch axes.
       scale_free: whether updates do not change with the scale of the gradients.
+      floats: arguments that are traced where they are injected.
+      momentum: the argument that is 0 where another wrapper does the averaging.
+      variant: whether another row of the same factory is enough for Optax's own tests.
     """
 
     name: str
@@ -37,6 +40,9 @@ class Case:
     compressed: bool = False
     layout: bool = True
     scale_free: bool = True
+    floats: tuple[str, ...] = ('learning_rate', 'b1', 'b2', 'eps')
+    momentum: str = 'b1'
+    variant: bool = False
 
     def make(self, learning_rate: Any = None, **keywords: Any) -> optax.GradientTransformation:
         """The transformation, with other keywords where given."""
@@ -58,6 +64,27 @@ _SHARED_BASIS_STATIC = (
     'seed',
 )
 
+_MBAG_STATIC = ('block_size', 'root_every', 'newton_schulz_steps', 'root')
+
+
+def _mbag(name: str, learning_rate: float, state_bytes: float, **keywords: Any) -> Case:
+    # Gradients in one direction, as some checks have, leave a condition for many steps.
+    start = {'block_size': 4, 'root_every': 2, 'newton_schulz_steps': 25, 'damping': 1.0}
+    return Case(
+        name,
+        precond_optax.mbag,
+        learning_rate,
+        keywords=start | keywords,
+        static_args=_MBAG_STATIC,
+        state_bytes=state_bytes,
+        compressed=True,
+        scale_free=False,  # the damping is not
+        floats=('learning_rate', 'momentum', 'damping', *set(keywords) & {'decay'}),
+        momentum='momentum',
+        variant=name != 'mbag',
+    )
+
+
 # The control: what Optax's own Adam does not pass is no fair check.
 ADAM = Case('adam', optax.adam, real_only=False, layout=False)
 
@@ -67,6 +94,7 @@ CASES = (
     Case(
         'sonew_diagonal',
         precond_optax.sonew,
+        variant=True,
         keywords={'band': 0, **_EPS},
         static_args=('band',),
     ),
@@ -80,6 +108,7 @@ CASES = (
     Case(
         'sonew_bfloat16_stats',
         precond_optax.sonew,
+        variant=True,
         keywords={'stats_dtype': 'bfloat16', **_EPS},
         static_args=('band', 'stats_dtype'),
         layout=False,  # layers of a stack are rounded by other random numbers than alone
@@ -87,6 +116,7 @@ CASES = (
     Case(
         'sonew_order_c',
         precond_optax.sonew,
+        variant=True,
         keywords={**_EPS, 'order': 'C', 'weight_decay': 1e-4, 'relative_eps': 1e-6},
         static_args=('band',),
         state_bytes=12,
@@ -95,6 +125,7 @@ CASES = (
     Case(
         'sonew_graft_rmsprop',
         precond_optax.sonew,
+        variant=True,
         keywords={**_EPS, 'graft': 'rmsprop_normalized'},
         static_args=('band',),
         state_bytes=16,
@@ -102,6 +133,7 @@ CASES = (
     Case(
         'sonew_routed',
         precond_optax.sonew,
+        variant=True,
         keywords={'layout': {'': LeafRule(precondition=False)}},
         static_args=('band',),
         layout=False,
@@ -114,6 +146,19 @@ CASES = (
         state_bytes=16,
         compressed=True,
     ),
+    _mbag('mbag', 0.03, state_bytes=36),
+    _mbag('mbag_ema', 0.01, state_bytes=36, decay=0.9),
+    _mbag('mbag_n', 1.0, state_bytes=20, root=False, damping=10.0),
+    Case(
+        'block_adam',
+        precond_optax.block_adam,
+        keywords={**_EPS, 'block_size': 3},
+        static_args=('block_size', 'root_every'),
+        state_bytes=16,
+        compressed=True,
+    ),
 )
 
+# The rows of Optax's own tests, one or two of each factory.
+TABLE = tuple(case for case in CASES if not case.variant)
 BY_NAME = {case.name: case for case in CASES}

@@ -203,3 +203,91 @@ def inverse_square_root(matrices: np.ndarray, shift: np.ndarray | float = 0.0) -
 def spectral_norm(matrices: np.ndarray) -> np.ndarray:
     """The largest singular values (...) of matrices (..., k, k)."""
     return np.linalg.norm(np.asarray(matrices, np.float64), 2, axis=(-2, -1))
+
+
+def chain_groups(shape: Sequence[int], block_size: int, order: str = 'F') -> list[np.ndarray]:
+    """The entries of each group of a chain, as indices into the raveled leaf."""
+    chain = np.arange(math.prod(shape)).reshape(shape).ravel(order=order)
+    return [chain[i : i + block_size] for i in range(0, len(chain), block_size)]
+
+
+def output_groups(
+    shape: Sequence[int], block_size: int, output_axes: Sequence[int] = (-1,)
+) -> list[np.ndarray]:
+    """Likewise, of each output's inputs by themselves, the first input axis running fastest."""
+    index = np.arange(math.prod(shape)).reshape(shape)
+    outputs = [axis % len(shape) for axis in output_axes]
+    inputs = [axis for axis in range(len(shape)) if axis not in outputs]
+    lines = index.transpose(*outputs, *inputs[::-1])
+    lines = lines.reshape(math.prod(shape[axis] for axis in outputs), -1)
+    starts = range(0, lines.shape[1], block_size)
+    return [line[i : i + block_size] for line in lines for i in starts]
+
+
+def newton_schulz_roots(matrix: np.ndarray, steps: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The root and the inverse root after so many steps, or the exact ones: on the eigenvalues."""
+    values, vectors = np.linalg.eigh(matrix)
+    norm = np.linalg.norm(matrix)
+    x, y = values / norm, np.ones(len(values))
+    for _ in range(steps or 0):
+        change = (3 - y * x) / 2
+        x, y = x * change, y * change
+    if steps is None:
+        x, y = np.sqrt(values / norm), np.sqrt(norm / values)
+    return (vectors * x * np.sqrt(norm)) @ vectors.T, (vectors * y / np.sqrt(norm)) @ vectors.T
+
+
+def mbag_direction(
+    grads: Sequence[np.ndarray],
+    groups: Sequence[np.ndarray],
+    *,
+    momentum: float = 0.9,
+    damping: float = 0.01,
+    decay: float | None = None,
+    root: bool = True,
+    root_every: int = 1,
+    steps: int | None = None,
+    size: int | None = None,
+) -> np.ndarray:
+    """MBAG's sum of directions after the gradients of one leaf; ``size``: filled up to that."""
+    result = np.zeros(np.size(grads[0]))
+    for group in groups:
+        n = max(len(group), size or 0)
+        moment, sums = damping * np.eye(n), np.zeros(n)
+        for t, grad in enumerate(grads):
+            g = np.zeros(n)
+            g[: len(group)] = np.asarray(grad, np.float64).ravel()[group]
+            outer = np.outer(g, g)
+            moment = moment + outer if decay is None else decay * moment + (1 - decay) * outer
+            if t % root_every == 0:
+                if decay is None:
+                    matrix, _ = newton_schulz_roots(np.linalg.inv(moment), steps)
+                else:
+                    _, matrix = newton_schulz_roots(moment, steps)
+            if root:
+                direction = matrix @ g
+            else:
+                direction = np.linalg.solve(moment, g) if decay is None else matrix @ matrix @ g
+            sums = momentum * sums + direction
+        result[group] = sums[: len(group)]
+    return result.reshape(np.shape(grads[0]))
+
+
+def block_adam_direction(
+    grads: Sequence[np.ndarray],
+    groups: Sequence[np.ndarray],
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    root_every: int = 1,
+) -> np.ndarray:
+    """(G_hat + eps I)^(-1/2) m_hat by groups, with G_hat of the last step that took roots."""
+    last = (len(grads) - 1) // root_every * root_every + 1
+    result = np.zeros(np.size(grads[0]))
+    for group in groups:
+        own = [np.asarray(grad, np.float64).ravel()[group] for grad in grads]
+        mean, _ = moments(own, b1, b2)
+        _, second = moments(own[:last], b1, b2)
+        result[group] = inverse_square_root(second, eps) @ mean
+    return result.reshape(np.shape(grads[0]))

@@ -24,7 +24,7 @@ def rows(learning_rate: float, **columns: Any) -> tuple[dict[str, Any], ...]:
             'opt_kwargs': {'learning_rate': learning_rate, **case.keywords},
             **columns,
         }
-        for case in cases.CASES
+        for case in cases.TABLE
     )
 
 
@@ -98,7 +98,7 @@ _alias = load(
     },
 )
 _sharding = load(
-    '_src/sharding_test.py', {'OPTIMIZERS': {c.name: c.make(1.0) for c in cases.CASES}}
+    '_src/sharding_test.py', {'OPTIMIZERS': {c.name: c.make(1.0) for c in cases.TABLE}}
 )
 _float64 = load(
     '_src/float64_test.py',
@@ -151,4 +151,4 @@ Float64Test = over_the_table(_float64.Float64Test)
 def test_the_tables_were_replaced(suite, at_least):
     """Every row runs through every test of the suites, and nothing else does."""
     tests = [name for name in dir(suite) if name.startswith('test_') and getattr(suite, name)]
-    assert len(tests) >= at_least * len(cases.CASES)
+    assert len(tests) >= at_least * len(cases.TABLE)

@@ -46,7 +46,8 @@ def _neighbour(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
 
 def _neighbour_anywhere(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
     """The same where the mesh has explicit axes, along which rolls and masks have no rule."""
-    return placement.in_auto_axes(lambda x: _neighbour(x, axes, step), x, tuple(range(x.ndim)), x)
+    one = placement.in_auto_axes(lambda x: (_neighbour(x, axes, step),), x, [placement.like(x)], x)
+    return one[0]
 
 
 def successor(x: jax.Array, axes: Sequence[int]) -> jax.Array:

@@ -173,6 +173,51 @@ def newton_schulz(matrices: jax.Array, steps: int) -> tuple[jax.Array, jax.Array
     return x * scale, inverse, jnp.where(nonzero, error, 0)
 
 
+def polar_root(factors: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
+    r"""The square roots of :math:`H = S S^T` from the factors S, by the Newton-Schulz iteration.
+
+    .. math::
+      X_0 = S / \|H\|_F^{1/2}, \quad X \leftarrow X (3 I - X^T X) / 2, \quad
+      H^{1/2} \leftarrow S X^T
+
+    In exact arithmetic these are the iterates of `newton_schulz` for H; but H is never formed, so
+    a condition of c costs the digits of its root only, there is nothing indefinite that could
+    grow, and a step is two products in place of three. X goes to the orthogonal polar factor.
+
+    Args:
+      factors: S (..., k, k), any matrices.
+      steps: of the iteration. Too few make the root too small along the small eigenvalues.
+
+    Returns:
+      The roots (..., k, k), symmetric, in the units of S, and the errors (...): the Frobenius norm
+      of :math:`I - X^T X`, 0 for perfect roots of positive definite H.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> root, error = polar_root(jnp.array([[0.0, 2.0], [-1.0, 0.0]]), steps=10)
+      >>> root.round(4).tolist(), bool(error < 1e-5)
+      ([[2.0, 0.0], [0.0, 1.0]], True)
+
+    References:
+      Higham, Functions of Matrices (2008), equation (8.20); Lee, MBAG, equation (5).
+    """
+    eye = jnp.eye(factors.shape[-1], dtype=factors.dtype)
+    unit, size = _unit(factors)
+    gram = product('...ji,...jk->...ik', unit, unit)  # its norm is that of H
+    norm = jnp.sqrt(jnp.sqrt(jnp.sum(gram * gram, axis=(-2, -1), keepdims=True)))
+    norm = jnp.where(norm > 0, norm, 1)
+
+    def step(_: int, x: jax.Array) -> jax.Array:
+        change = 1.5 * eye - 0.5 * product('...ji,...jk->...ik', x, x)
+        return product('...ij,...jk->...ik', x, change)
+
+    x = lax.fori_loop(0, steps, step, unit / norm)
+    left = eye - product('...ji,...jk->...ik', x, x)
+    root = size * product('...ij,...kj->...ik', unit, x)
+    symmetric = (root + jnp.swapaxes(root, -1, -2)) / 2
+    return symmetric, jnp.sqrt(jnp.sum(left * left, axis=(-2, -1)))
+
+
 def generic_unit_vector(size: int, dtype: jnp.dtype) -> np.ndarray:
     """A start for power iterations, to which no eigenvector is likely to be orthogonal.
 
@@ -217,11 +262,11 @@ def largest_eigenvalue(matrices: jax.Array, steps: int, squarings: int = 0) -> j
 
 
 def _newton_schulz_steps(dtype: jnp.dtype) -> int:
-    """As many as `_shifted`'s least shift wants, and some: 25 in float32, 50 in float64."""
+    """As many as `with_shift`'s least shift wants, and some: 25 in float32, 50 in float64."""
     return math.ceil(-math.log(10 * float(jnp.finfo(dtype).eps)) / math.log(9 / 4)) + 8
 
 
-def _shifted(matrices: jax.Array, shift: jax.Array, rounding: float) -> jax.Array:
+def with_shift(matrices: jax.Array, shift: jax.Array, rounding: float) -> jax.Array:
     """R + s I with at least so much shift that the iteration comes to its end."""
     least = max(10 * float(jnp.finfo(matrices.dtype).eps), rounding)
     eye = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
@@ -254,7 +299,7 @@ def _root_by_eigh(
 def _spectrum_by_newton_schulz(
     matrices: jax.Array, shift: jax.Array, rounding: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    shifted = _shifted(matrices, shift, rounding)
+    shifted = with_shift(matrices, shift, rounding)
     added = trace(shifted - matrices) / matrices.shape[-1]
     steps = _newton_schulz_steps(matrices.dtype)
     _, inverse, _ = newton_schulz(shifted, steps)
@@ -270,7 +315,7 @@ def _root_by_newton_schulz(
 ) -> tuple[jax.Array, jax.Array]:
     del unused
     steps = _newton_schulz_steps(matrices.dtype)
-    shifted = _shifted(matrices, shift - smallest, rounding)
+    shifted = with_shift(matrices, shift - smallest, rounding)
     _, inverse, error = newton_schulz(shifted, steps)
     return inverse, error > _NEWTON_SCHULZ_TOLERANCE
 
@@ -303,3 +348,31 @@ METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         _by_platform(_root_by_newton_schulz, _root_by_eigh),
     ),
 }
+
+
+def inverse_root(
+    matrices: jax.Array, shift: jax.Array, method: str, rounding: float
+) -> tuple[jax.Array, jax.Array]:
+    r"""Inverse square roots :math:`(R + s I)^{-1/2}`, by one of ``METHODS``.
+
+    Args:
+      matrices: R (..., k, k), symmetric, positive semidefinite but for rounding.
+      shift: s (...), >= 0, in the units of R.
+      method: of ``METHODS``.
+      rounding: relative error with which R is stored, if larger than its dtype's; below it are no
+        eigenvalues.
+
+    Returns:
+      The roots (..., k, k), and which of them failed (...).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> root, failed = inverse_root(jnp.diag(jnp.array([0.0, 3.0])), 1.0, 'eigh', 0.0)
+      >>> root.tolist(), bool(failed)
+      ([[1.0, 0.0], [0.0, 0.5]], False)
+    """
+    spectrum, root = METHODS[method]
+    shift = jnp.zeros(matrices.shape[:-2], matrices.dtype) + shift
+    _, values, more = spectrum(matrices, shift, rounding)
+    roots, failed = root(jnp.zeros_like(shift), values, more, shift, rounding)
+    return roots, failed | ~jnp.all(jnp.isfinite(roots), axis=(-2, -1))

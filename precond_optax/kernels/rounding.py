@@ -40,6 +40,24 @@ def stochastic_round(key: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(x), x, up).astype(jnp.bfloat16)
 
 
+def stored_rounding(stored: Any, dtype: Any) -> float:
+    """The relative rounding of what is stored in a lower dtype than the arithmetic's, or 0.
+
+    Args:
+      stored: the dtype of storage; None: the arithmetic's.
+      dtype: the arithmetic's.
+
+    Returns:
+      The rounding unit of ``stored``, or 0 where it has as many bits as ``dtype``.
+
+    Example:
+      >>> stored_rounding('bfloat16', 'float32'), stored_rounding(None, 'float32')
+      (0.0078125, 0.0)
+    """
+    kept = jnp.finfo(stored or dtype)
+    return float(kept.eps) if kept.bits < jnp.finfo(dtype).bits else 0.0
+
+
 def _sharding(x: jax.Array) -> Any:
     """The sharding in the type of ``x``, which explicit meshes want matched; None elsewhere."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -64,6 +64,8 @@ FUNCTIONS = {
     'error_of_newton_schulz': (lambda x, s: matrix_root.newton_schulz(x, 5)[2], 0),
     'largest_eigenvalue': (lambda x, s: matrix_root.largest_eigenvalue(x, 4), 0),
     'trace': (lambda x, s: matrix_root.trace(x), 0),
+    'polar_root': (lambda x, s: matrix_root.polar_root(x, 5)[0], 2),
+    'root_or_failure': (lambda x, s: matrix_root.inverse_root(x, s, 'eigh', 0.0)[0], 2),
 }
 FUNCTIONS = {name: (jax.jit(function), own) for name, (function, own) in FUNCTIONS.items()}
 
@@ -216,6 +218,67 @@ def test_newton_schulz_wants_as_many_steps_as_its_docstring_says(dtype, conditio
         run = jax.jit(matrix_root.newton_schulz)
         assert run(x, steps)[2] < 0.01
         assert run(x, steps - 8)[2] > 0.1
+
+
+def factors_of(x, rng):
+    """S with S S^T = X, neither symmetric nor triangular, in float64."""
+    values, vectors = np.linalg.eigh(np.asarray(x, np.float64))
+    turn = np.linalg.qr(rng.normal(size=x.shape))[0]
+    return vectors * np.sqrt(values.clip(min=0))[..., None, :] @ turn
+
+
+@pytest.mark.parametrize('steps', [1, 5, 10])
+def test_polar_roots_are_the_iterates_of_newton_schulz(rng, steps):
+    """Those of methods.md, before they converge."""
+    with jax.enable_x64(True):
+        x, _ = batch(FULL, 5, 'float64', rng, [1e-3, 1.0, 1e6])
+        found, _ = matrix_root.polar_root(jnp.asarray(factors_of(x, rng)), steps)
+        coupled, _, _ = matrix_root.newton_schulz(x, steps)
+    expected = [[oracles.newton_schulz_roots(one, steps)[0] for one in row] for row in x]
+    assert np.all(relative_errors(found, np.array(expected)) < 1e-12)
+    assert np.all(relative_errors(coupled, np.array(expected)) < 1e-12)
+
+
+@given(st.sampled_from(SIZES), st.sampled_from(DTYPES), st.integers(0, 999))
+def test_polar_roots_are_exact_in_the_end(size, dtype, seed):
+    """To the rounding times the root of the condition, of which `newton_schulz` needs all."""
+    rng = np.random.default_rng(seed)
+    with jax.enable_x64(dtype == 'float64'):
+        x, smallest = batch(KINDS, size, dtype, rng)
+        found, error = matrix_root.polar_root(jnp.asarray(factors_of(x, rng), dtype), 60)
+        values, vectors = np.linalg.eigh(np.asarray(x, np.float64))
+        exact = (vectors * np.sqrt(values.clip(min=0))[..., None, :]) @ np.swapaxes(
+            vectors, -1, -2
+        )
+        norm = np.sqrt(oracles.spectral_norm(x))
+        errors = oracles.spectral_norm(np.asarray(found, np.float64) - exact)
+        # Of a singular one the smallest eigenvalue's own root has the rounding of its factor.
+        bound = 30 * np.finfo(dtype).eps ** 0.5 if size > 1 else 30 * np.finfo(dtype).eps
+        assert np.all(errors <= bound * norm + 1e-30)
+        full = errors[: len(FULL)] / norm[: len(FULL)]
+        bounds = 100 * np.finfo(dtype).eps / np.sqrt(smallest[: len(FULL)])
+        assert np.all(full <= bounds[:, None])
+        assert np.all(error[: len(FULL)] < 1e-2)
+
+
+def test_polar_roots_of_a_condition_that_newton_schulz_cannot_take(rng):
+    values = np.geomspace(1, 1e-10, 8)
+    turn = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    x = (turn * values) @ turn.T
+    found, _ = matrix_root.polar_root(jnp.asarray(factors_of(x, rng), jnp.float32), 40)
+    weighted = (turn.T @ np.asarray(found, np.float64) @ turn) / np.sqrt(values)
+    np.testing.assert_allclose(np.diag(weighted), 1, rtol=0.05)
+    lost, _, _ = matrix_root.newton_schulz(jnp.asarray(x, jnp.float32), 40)
+    assert not np.allclose(np.diag(turn.T @ lost @ turn) / np.sqrt(values), 1, rtol=0.05)
+
+
+@pytest.mark.parametrize('method', [*METHODS, 'auto'])
+def test_roots_by_any_method_and_which_failed(rng, method):
+    x, _ = batch(FULL, 5, 'float32', rng, [1.0])
+    x = np.concatenate([x[:, 0], np.full((1, 5, 5), np.nan, np.float32)])
+    root, failed = matrix_root.inverse_root(x, 0.01, method, 0.0)
+    assert failed.tolist() == [False] * 4 + [True]
+    assert np.all(relative_errors(root[:4], oracles.inverse_square_root(x[:4], 0.01)) < 1e-4)
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])

@@ -1,0 +1,203 @@
+r"""Mini-blocks: groups of a few entries of a leaf, each with a full matrix of its own.
+
+The entries of a leaf are lined up in chains and each chain is cut into groups of tau entries, the
+last one filled up with zeros. Arrays here are ``(..., tau)`` and ``(..., tau, tau)``: the groups
+of a leaf are one batch. A batch axis of its own is kept for each axis of the leaf that no group
+spans, so that a leaf that is sharded along it needs no gather.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from precond_optax.kernels import matrix_root
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a leaf is cut: static facts from its shape, made by ``partition``.
+
+    Attributes:
+      shape: the leaf's shape.
+      order: its axes, separate chains first, then the chain's from the slowest to the fastest.
+      span: the axes along which groups lie, fastest first: as few as hold whole groups.
+      batch: the shape of the batch of groups.
+      axes: for each batch axis the leaf's axis that it follows: of the axes spanned, the slowest.
+      size: tau.
+      padded: whether the last group of a chain is filled up.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    span: tuple[int, ...]
+    batch: tuple[int, ...]
+    axes: tuple[int, ...]
+    size: int
+    padded: bool
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """The groups of a leaf: ``shape -> (*batch, size)``."""
+        lead = self.batch[:-1]
+        lines = x.transpose(self.order).reshape(*lead, math.prod(x.shape) // math.prod(lead))
+        if self.padded:
+            more = self.batch[-1] * self.size - lines.shape[-1]
+            lines = jnp.pad(lines, [(0, 0)] * len(lead) + [(0, more)])
+        return lines.reshape(*self.batch, self.size)
+
+    def join(self, groups: jax.Array) -> jax.Array:
+        """The inverse of ``split``."""
+        ordered = tuple(self.shape[axis] for axis in self.order)
+        lead = self.batch[:-1]
+        lines = groups.reshape(*lead, self.batch[-1] * self.size)
+        if self.padded:
+            lines = lines[..., : math.prod(ordered) // math.prod(lead)]
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return lines.reshape(ordered).transpose(back)
+
+    def where(self) -> str:
+        """Along which axes groups lie, and which shards hold whole ones, in words.
+
+        Where a shard does not, or is one of a fast axis of several, the leaf is gathered.
+        """
+        *fast, slow = self.span
+        text = f'along {"axes" if fast else "axis"} {", ".join(map(str, self.span))}'
+        if self.padded:
+            return f'{text} (whole in no shard)'
+        least = self.size // math.gcd(self.size, math.prod(self.shape[axis] for axis in fast))
+        return f'{text} (whole in shards of a multiple of {least} along axis {slow})'
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of stored matrices: flat, because a TPU pads the last axis to 128."""
+        return (*self.batch, self.size * self.size)
+
+    @property
+    def stored_axes(self) -> tuple[int | None, ...]:
+        """The leaf's axis that each axis of ``stored_shape`` follows."""
+        return (*self.axes, None)
+
+    def square(self, stored: jax.Array) -> jax.Array:
+        """Stored matrices as matrices: ``stored_shape -> (*batch, size, size)``."""
+        return stored.reshape(*self.batch, self.size, self.size)
+
+    def flat(self, matrices: jax.Array) -> jax.Array:
+        """The inverse of ``square``."""
+        return matrices.reshape(self.stored_shape)
+
+
+def partition(shape: Sequence[int], chain: Sequence[int], block_size: int) -> Blocks:
+    """Cuts a leaf into groups.
+
+    Args:
+      shape: the leaf's, without axes of size 0.
+      chain: the axes of a chain, the fastest first, at least one; each index along the others has
+        a chain of its own.
+      block_size: entries of a group; no more than a chain has.
+
+    Returns:
+      A `Blocks`.
+
+    Example:
+      >>> blocks = partition((64, 10), chain=(0, 1), block_size=32)  # along the inputs
+      >>> blocks.batch, blocks.axes, blocks.span
+      ((10, 2), (1, 0), (0,))
+      >>> blocks = partition((3, 3, 16, 8), chain=(0, 1, 2, 3), block_size=9)  # a group a filter
+      >>> blocks.batch, blocks.axes, blocks.span
+      ((8, 16, 1), (3, 2, 1), (0, 1))
+      >>> blocks = partition((48, 10), chain=(0, 1), block_size=32)  # 32 does not divide 48
+      >>> blocks.batch, blocks.axes, blocks.span
+      ((15,), (1,), (0, 1))
+    """
+    chain = tuple(chain)
+    others = tuple(axis for axis in range(len(shape)) if axis not in chain)
+    size = min(block_size, math.prod(shape[axis] for axis in chain))
+    lengths = [math.prod(shape[a] for a in chain[: n + 1]) for n in range(len(chain))]
+    whole = [n for n, length in enumerate(lengths) if length % size == 0]
+    last = whole[0] if whole else len(chain) - 1
+    lead = (*others, *chain[:last:-1])
+    return Blocks(
+        shape=tuple(shape),
+        order=(*others, *chain[::-1]),
+        span=chain[: last + 1],
+        batch=(*(shape[axis] for axis in lead), -(-lengths[last] // size)),
+        axes=(*lead, chain[last]),
+        size=size,
+        padded=not whole,
+    )
+
+
+def accumulate(grad: jax.Array, moment: jax.Array, *, decay: float | jax.Array) -> jax.Array:
+    r"""The mean of second moments, one step on: :math:`G \leftarrow d G + (1 - d) g g^T`.
+
+    Args:
+      grad: g (..., tau).
+      moment: G (..., tau, tau).
+      decay: d, in [0, 1).
+
+    Returns:
+      G; as it was in groups whose gradient's square is not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> accumulate(jnp.array([2.0, 0.0]), jnp.eye(2), decay=0.5).tolist()
+      [[2.5, 0.0], [0.0, 0.5]]
+    """
+    finite = jnp.isfinite(jnp.sum(grad * grad, axis=-1))[..., None, None]
+    new = decay * moment + (1 - decay) * (grad[..., :, None] * grad[..., None, :])
+    return jnp.where(finite, new, moment)
+
+
+def add_to_inverse(grad: jax.Array, factor: jax.Array) -> jax.Array:
+    r"""A factor of the inverse second moment, one step on, as Sherman and Morrison have it.
+
+    With :math:`H = S S^T = G^{-1}`, :math:`f = S^T g` and :math:`q = \sqrt{1 + f^T f}`
+
+    .. math::
+      S \leftarrow S \left(I - \frac{f f^T}{q (q + 1)}\right), \qquad
+      S S^T = H - \frac{H g g^T H}{1 + g^T H g} = (G + g g^T)^{-1}
+
+    The product is symmetric and positive semidefinite whatever the rounding. H itself, updated by
+    the formula on the right, loses that: in float32 after some thousand steps, where its
+    condition is 1e7 or more (`experiments/inverse_drift.py`).
+
+    Args:
+      grad: g (..., tau).
+      factor: S (..., tau, tau).
+
+    Returns:
+      S; as it was in groups whose gradient is not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> add_to_inverse(jnp.array([0.0, 15**0.5]), jnp.eye(2)).round(4).tolist()
+      [[1.0, 0.0], [0.0, 0.25]]
+
+    References:
+      Potter's square-root form of the update: Bierman, Factorization Methods for Discrete
+      Sequential Estimation (1977), section V.2. Lee, MBAG, equation (4), is the formula for H.
+    """
+    f = matrix_root.product('...ij,...i->...j', factor, grad)
+    largest = jnp.max(jnp.abs(f), axis=-1, keepdims=True)
+    largest = jnp.where(largest > 0, largest, 1)  # whose squares could overflow
+    norm = largest * jnp.linalg.norm(f / largest, axis=-1, keepdims=True)
+    unit = f / jnp.where(norm > 0, norm, 1)
+    q = jnp.hypot(1, norm)
+    share = (norm / q) * (norm / (q + 1))
+    taken = share * matrix_root.product('...ij,...j->...i', factor, unit)
+    finite = jnp.isfinite(norm)[..., None]
+    return jnp.where(finite, factor - taken[..., :, None] * unit[..., None, :], factor)
+
+
+def apply(matrices: jax.Array, x: jax.Array, *, transpose: bool = False) -> jax.Array:
+    """Each group times its matrix, or its transpose: (..., tau, tau), (..., tau) -> (..., tau).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> apply(jnp.array([[1.0, 2.0], [0.0, 1.0]]), jnp.array([1.0, 1.0])).tolist()
+      [3.0, 1.0]
+    """
+    subscripts = '...ij,...i->...j' if transpose else '...ij,...j->...i'
+    return matrix_root.product(subscripts, matrices, x)
