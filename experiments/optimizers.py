@@ -14,6 +14,8 @@ FACTORIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     'adagrad': optax.adagrad,
     'adam': optax.adam,
     'adamw': optax.adamw,
+    'block_adam': precond_optax.block_adam,
+    'mbag': precond_optax.mbag,
     'muon': optax.contrib.muon,
     'rmsprop': optax.rmsprop,
     'sgd': optax.sgd,
