@@ -99,10 +99,9 @@ def scale_by_block_adam(  # noqa: D417 (its arguments are those of `block_adam`)
         }
         if blocks is None:
             return fields | {'second_moment': jnp.zeros_like(leaf, dtype=stored)}
-        where = blocks.stored_shape, stored, blocks.stored_axes
-        fields['second_moment'] = placement.zeros(leaf, *where)
-        if root_every > 1:
-            fields['root'] = placement.zeros(leaf, *where)
+        shape, axes = blocks.matrices
+        for name in ('second_moment', 'root')[: 1 + (root_every > 1)]:
+            fields[name] = placement.zeros(leaf, shape, stored, axes)
         return fields
 
     def update_leaf(
@@ -119,24 +118,22 @@ def scale_by_block_adam(  # noqa: D417 (its arguments are those of `block_adam`)
             changed['second_moment'] = nu
         else:
             rounding = stored_rounding(stats_dtype, grad.dtype)
-            matrices = placement.Follower(blocks.stored_shape, blocks.stored_axes)
-            kept = [state.root] if root_every > 1 else []
-            direction, failed, moment, *kept = placement.in_auto_axes(
+            arrays = [state.second_moment, state.root][: 1 + (root_every > 1)]
+            numbers = [placement.Follower((), ()), *(blocks.matrices for _ in arrays)]
+            direction, failed, *arrays = placement.in_auto_axes(
                 functools.partial(_step, _How(blocks, root, root_every, rounding)),
                 grad,
-                [placement.like(grad), placement.Follower((), ()), *[matrices] * (1 + len(kept))],
+                [placement.like(grad), *numbers],
                 grad,
                 mu_hat,
                 jnp.asarray(b2, grad.dtype),
                 jnp.asarray(eps, grad.dtype),
                 state.count,
                 jnp.asarray(facts.turn),
-                state.second_moment,
-                *kept,
+                *arrays,
             )
-            changed |= {'second_moment': moment, 'failed_roots': state.failed_roots + failed}
-            if kept:
-                changed['root'] = kept[0]
+            changed |= dict(zip(('second_moment', 'root'), arrays, strict=False))
+            changed['failed_roots'] = state.failed_roots + failed
         if graft is not None:
             own = grad if graft == 'sgd' else state.graft
             direction = grafting.rescale(direction, own, facts.axes)
@@ -156,7 +153,7 @@ def scale_by_block_adam(  # noqa: D417 (its arguments are those of `block_adam`)
     def axes_of(facts: LeafLayout) -> dict[str, placement.Axes]:
         blocks = blocks_of(facts)
         names = () if blocks is None else ('second_moment', 'root')
-        return {name: blocks.stored_axes for name in names}
+        return {name: blocks.matrices.axes for name in names}
 
     return leafwise.leafwise(
         ScaleByBlockAdamState,
@@ -196,24 +193,23 @@ def _step(
     *kept: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """A leaf's direction, how many of its roots failed, its second moments and its roots."""
-    blocks = how.blocks
-    moment = mini_block.accumulate(blocks.split(grad), blocks.square(moment), decay=b2)
+    moment = mini_block.accumulate(how.blocks.split(grad), moment, decay=b2)
 
     def fresh() -> tuple[jax.Array, jax.Array]:
-        hat = moment / (1 - b2**count)
+        hat = mini_block.square(moment / (1 - b2**count))
         roots, failed = matrix_root.inverse_root(hat, eps, how.root, how.rounding)
-        last = blocks.square(kept[0]) if kept else 0
-        roots = jnp.where(failed[..., None, None], last, roots)
+        last = kept[0] if kept else 0
+        roots = jnp.where(failed[..., None], last, roots.reshape(moment.shape))
         return roots, jnp.sum(failed, dtype=jnp.float32)
 
     if kept:
         now = (count == 1) | ((count - 1) % how.root_every == turn)
         none = jnp.zeros([], jnp.float32)
-        roots, failed = jax.lax.cond(now, fresh, lambda: (blocks.square(kept[0]), none))
+        roots, failed = jax.lax.cond(now, fresh, lambda: (kept[0], none))
     else:
         roots, failed = fresh()
-    direction = blocks.join(mini_block.apply(roots, blocks.split(mu_hat)))
-    return direction, failed, blocks.flat(moment), *(blocks.flat(roots) for _ in kept)
+    direction = how.blocks.join(mini_block.apply(roots, how.blocks.split(mu_hat)))
+    return direction, failed, moment, *(roots for _ in kept)
 
 
 def block_adam(

@@ -114,11 +114,12 @@ def scale_by_mbag(  # noqa: D417 (its arguments are those of `mbag`)
         if blocks is None:
             zeros = jnp.zeros_like(leaf, dtype=facts.compute_dtype)
             return fields | {in_use: (zeros + start).astype(stored)}
-        where = blocks.stored_shape, facts.compute_dtype, blocks.stored_axes
+        shape, axes = blocks.matrices
         identity = jnp.eye(blocks.size, dtype=facts.compute_dtype).reshape(-1)
-        fields[in_use] = (placement.zeros(leaf, *where) + start * identity).astype(stored)
+        zeros = placement.zeros(leaf, shape, facts.compute_dtype, axes)
+        fields[in_use] = (zeros + start * identity).astype(stored)
         if keeps_root:
-            fields['root'] = placement.zeros(leaf, where[0], stored, where[2])
+            fields['root'] = placement.zeros(leaf, shape, stored, axes)
         return fields
 
     # The inverse of a mean is its inverse root twice.
@@ -144,23 +145,20 @@ def scale_by_mbag(  # noqa: D417 (its arguments are those of `mbag`)
         else:
             rounding = stored_rounding(stats_dtype, grad.dtype)
             how = _How(blocks, root, root_every, newton_schulz_steps, rounding)
-            matrices = placement.Follower(blocks.stored_shape, blocks.stored_axes)
-            kept = [state.root] if keeps_root else []
-            results = [placement.like(grad), placement.Follower((), ()), matrices]
-            direction, failed, held, *kept = placement.in_auto_axes(
+            arrays = [held, state.root] if keeps_root else [held]
+            numbers = [placement.Follower((), ()), *(blocks.matrices for _ in arrays)]
+            direction, failed, *arrays = placement.in_auto_axes(
                 functools.partial(_step, how),
                 grad,
-                [*results, *(matrices for _ in kept)],
+                [placement.like(grad), *numbers],
                 grad,
                 None if decay is None else jnp.asarray(decay, grad.dtype),
                 state.count,
                 jnp.asarray(facts.turn),
-                held,
-                *kept,
+                *arrays,
             )
-            changed = {in_use: held, 'failed_roots': state.failed_roots + failed}
-            if keeps_root:
-                changed['root'] = kept[0]
+            changed = dict(zip((in_use, 'root'), arrays, strict=False))
+            changed['failed_roots'] = state.failed_roots + failed
         if graft is not None:
             own = grad if graft == 'sgd' else state.graft
             direction = grafting.rescale(direction, own, facts.axes)
@@ -183,7 +181,7 @@ def scale_by_mbag(  # noqa: D417 (its arguments are those of `mbag`)
     def axes_of(facts: LeafLayout) -> dict[str, placement.Axes]:
         blocks = blocks_of(facts)
         names = () if blocks is None else (in_use, 'root')
-        return {name: blocks.stored_axes for name in names}
+        return {name: blocks.matrices.axes for name in names}
 
     return leafwise.leafwise(
         ScaleByMbagState,
@@ -227,35 +225,37 @@ def _step(
     *arrays: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """A leaf's direction, how many of its roots failed, its statistics and its roots."""
-    blocks = how.blocks
-    groups = blocks.split(grad)
-    held, *kept = map(blocks.square, arrays)
+    groups = how.blocks.split(grad)
+    held, *kept = arrays
     if decay is None:
         held = mini_block.add_to_inverse(groups, held)
     else:
         held = mini_block.accumulate(groups, held, decay=decay)
+    none = jnp.zeros([], jnp.float32)
     if not kept:
         direction = mini_block.apply(held, mini_block.apply(held, groups, transpose=True))
-        return blocks.join(direction), jnp.zeros([], jnp.float32), blocks.flat(held)
+        return how.blocks.join(direction), none, held
 
     def fresh() -> tuple[jax.Array, jax.Array]:
+        matrices = mini_block.square(held)
         if decay is None:
-            roots, _ = matrix_root.polar_root(held, how.newton_schulz_steps)
+            roots, _ = matrix_root.polar_root(matrices, how.newton_schulz_steps)
         else:
-            shifted = matrix_root.with_shift(held, 0.0, how.rounding)
+            shifted = matrix_root.with_shift(matrices, 0.0, how.rounding)
             _, roots, _ = matrix_root.newton_schulz(shifted, how.newton_schulz_steps)
-        failed = ~jnp.all(jnp.isfinite(roots), axis=(-2, -1), keepdims=True)
+        roots = roots.reshape(held.shape)
+        failed = ~jnp.all(jnp.isfinite(roots), axis=-1, keepdims=True)
         return jnp.where(failed, kept[0], roots), jnp.sum(failed, dtype=jnp.float32)
 
     if how.root_every == 1:
         roots, failed = fresh()
     else:
         now = (count == 1) | ((count - 1) % how.root_every == turn)
-        roots, failed = jax.lax.cond(now, fresh, lambda: (kept[0], jnp.zeros([], jnp.float32)))
+        roots, failed = jax.lax.cond(now, fresh, lambda: (kept[0], none))
     direction = mini_block.apply(roots, groups)
     if not how.root:
         direction = mini_block.apply(roots, direction)
-    return blocks.join(direction), failed, blocks.flat(held), blocks.flat(roots)
+    return how.blocks.join(direction), failed, held, roots
 
 
 def mbag(

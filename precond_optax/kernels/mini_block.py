@@ -1,9 +1,12 @@
 r"""Mini-blocks: groups of a few entries of a leaf, each with a full matrix of its own.
 
 The entries of a leaf are lined up in chains and each chain is cut into groups of tau entries, the
-last one filled up with zeros. Arrays here are ``(..., tau)`` and ``(..., tau, tau)``: the groups
-of a leaf are one batch. A batch axis of its own is kept for each axis of the leaf that no group
-spans, so that a leaf that is sharded along it needs no gather.
+last one filled up with zeros. Arrays here are ``(..., tau)`` and, for matrices, row by row in one
+axis, ``(..., tau * tau)``: the groups of a leaf are one batch. A batch axis of its own is kept for
+each axis of the leaf that no group spans, so that a leaf that is sharded along it needs no gather.
+
+Matrices are flat because a TPU pads the last axis to 128, and stay so in all that is elementwise:
+on a CPU a loop that reads them flat and writes them square, or the reverse, is ten times slower.
 """
 
 import dataclasses
@@ -13,6 +16,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from precond_optax import placement
 from precond_optax.kernels import matrix_root
 
 
@@ -41,7 +45,9 @@ class Blocks:
     def split(self, x: jax.Array) -> jax.Array:
         """The groups of a leaf: ``shape -> (*batch, size)``."""
         lead = self.batch[:-1]
-        lines = x.transpose(self.order).reshape(*lead, math.prod(x.shape) // math.prod(lead))
+        # Made once: else the transpose is fused into what reads each entry tau times.
+        ordered = jax.lax.optimization_barrier(x.transpose(self.order))
+        lines = ordered.reshape(*lead, math.prod(x.shape) // math.prod(lead))
         if self.padded:
             more = self.batch[-1] * self.size - lines.shape[-1]
             lines = jnp.pad(lines, [(0, 0)] * len(lead) + [(0, more)])
@@ -70,22 +76,9 @@ class Blocks:
         return f'{text} (whole in shards of a multiple of {least} along axis {slow})'
 
     @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """The shape of stored matrices: flat, because a TPU pads the last axis to 128."""
-        return (*self.batch, self.size * self.size)
-
-    @property
-    def stored_axes(self) -> tuple[int | None, ...]:
-        """The leaf's axis that each axis of ``stored_shape`` follows."""
-        return (*self.axes, None)
-
-    def square(self, stored: jax.Array) -> jax.Array:
-        """Stored matrices as matrices: ``stored_shape -> (*batch, size, size)``."""
-        return stored.reshape(*self.batch, self.size, self.size)
-
-    def flat(self, matrices: jax.Array) -> jax.Array:
-        """The inverse of ``square``."""
-        return matrices.reshape(self.stored_shape)
+    def matrices(self) -> placement.Follower:
+        """The shape of the groups' matrices, and the leaf's axes that it follows."""
+        return placement.Follower((*self.batch, self.size * self.size), (*self.axes, None))
 
 
 def partition(shape: Sequence[int], chain: Sequence[int], block_size: int) -> Blocks:
@@ -129,12 +122,30 @@ def partition(shape: Sequence[int], chain: Sequence[int], block_size: int) -> Bl
     )
 
 
+def square(flat: jax.Array) -> jax.Array:
+    """Matrices as matrices: (..., tau * tau) -> (..., tau, tau)."""
+    size = math.isqrt(flat.shape[-1])
+    return flat.reshape(*flat.shape[:-1], size, size)
+
+
+def outer(a: jax.Array, b: jax.Array) -> jax.Array:
+    r"""The matrices :math:`a b^T`, flat: (..., tau), (..., tau) -> (..., tau * tau).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> outer(jnp.array([1, 2]), jnp.array([10, 20])).tolist()
+      [10, 20, 20, 40]
+    """
+    size = a.shape[-1]
+    return jnp.repeat(a, size, axis=-1) * jnp.tile(b, (1,) * (b.ndim - 1) + (size,))
+
+
 def accumulate(grad: jax.Array, moment: jax.Array, *, decay: float | jax.Array) -> jax.Array:
     r"""The mean of second moments, one step on: :math:`G \leftarrow d G + (1 - d) g g^T`.
 
     Args:
       grad: g (..., tau).
-      moment: G (..., tau, tau).
+      moment: G (..., tau * tau).
       decay: d, in [0, 1).
 
     Returns:
@@ -142,12 +153,11 @@ def accumulate(grad: jax.Array, moment: jax.Array, *, decay: float | jax.Array) 
 
     Example:
       >>> import jax.numpy as jnp
-      >>> accumulate(jnp.array([2.0, 0.0]), jnp.eye(2), decay=0.5).tolist()
-      [[2.5, 0.0], [0.0, 0.5]]
+      >>> accumulate(jnp.array([2.0, 0.0]), jnp.array([1.0, 0.0, 0.0, 1.0]), decay=0.5).tolist()
+      [2.5, 0.0, 0.0, 0.5]
     """
-    finite = jnp.isfinite(jnp.sum(grad * grad, axis=-1))[..., None, None]
-    new = decay * moment + (1 - decay) * (grad[..., :, None] * grad[..., None, :])
-    return jnp.where(finite, new, moment)
+    finite = jnp.isfinite(jnp.sum(grad * grad, axis=-1, keepdims=True))
+    return jnp.where(finite, decay * moment + (1 - decay) * outer(grad, grad), moment)
 
 
 def add_to_inverse(grad: jax.Array, factor: jax.Array) -> jax.Array:
@@ -165,39 +175,39 @@ def add_to_inverse(grad: jax.Array, factor: jax.Array) -> jax.Array:
 
     Args:
       grad: g (..., tau).
-      factor: S (..., tau, tau).
+      factor: S (..., tau * tau).
 
     Returns:
       S; as it was in groups whose gradient is not finite.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> add_to_inverse(jnp.array([0.0, 15**0.5]), jnp.eye(2)).round(4).tolist()
-      [[1.0, 0.0], [0.0, 0.25]]
+      >>> identity = jnp.array([1.0, 0.0, 0.0, 1.0])
+      >>> add_to_inverse(jnp.array([0.0, 15**0.5]), identity).round(4).tolist()
+      [1.0, 0.0, 0.0, 0.25]
 
     References:
       Potter's square-root form of the update: Bierman, Factorization Methods for Discrete
       Sequential Estimation (1977), section V.2. Lee, MBAG, equation (4), is the formula for H.
     """
-    f = matrix_root.product('...ij,...i->...j', factor, grad)
+    f = apply(factor, grad, transpose=True)
     largest = jnp.max(jnp.abs(f), axis=-1, keepdims=True)
     largest = jnp.where(largest > 0, largest, 1)  # whose squares could overflow
     norm = largest * jnp.linalg.norm(f / largest, axis=-1, keepdims=True)
     unit = f / jnp.where(norm > 0, norm, 1)
     q = jnp.hypot(1, norm)
     share = (norm / q) * (norm / (q + 1))
-    taken = share * matrix_root.product('...ij,...j->...i', factor, unit)
-    finite = jnp.isfinite(norm)[..., None]
-    return jnp.where(finite, factor - taken[..., :, None] * unit[..., None, :], factor)
+    taken = share * apply(factor, unit)
+    return jnp.where(jnp.isfinite(norm), factor - outer(taken, unit), factor)
 
 
 def apply(matrices: jax.Array, x: jax.Array, *, transpose: bool = False) -> jax.Array:
-    """Each group times its matrix, or its transpose: (..., tau, tau), (..., tau) -> (..., tau).
+    """Each group times its matrix, or its transpose: (..., tau * tau), (..., tau) -> (..., tau).
 
     Example:
       >>> import jax.numpy as jnp
-      >>> apply(jnp.array([[1.0, 2.0], [0.0, 1.0]]), jnp.array([1.0, 1.0])).tolist()
+      >>> apply(jnp.array([1.0, 2.0, 0.0, 1.0]), jnp.array([1.0, 1.0])).tolist()
       [3.0, 1.0]
     """
     subscripts = '...ij,...i->...j' if transpose else '...ij,...j->...i'
-    return matrix_root.product(subscripts, matrices, x)
+    return matrix_root.product(subscripts, square(matrices), x)
