@@ -9,6 +9,7 @@ from precond_optax.shared_basis import (
     scale_by_shared_basis,
     shared_basis,
 )
+from precond_optax.soaa import ScaleBySoaaState, scale_by_soaa, soaa
 from precond_optax.sonew import ScaleBySonewState, scale_by_sonew, sonew
 
 __version__ = '0.1.0'
@@ -20,11 +21,14 @@ __all__ = [
     'LeafRule',
     'Plan',
     'ScaleBySharedBasisState',
+    'ScaleBySoaaState',
     'ScaleBySonewState',
     'plan',
     'scale_by_shared_basis',
+    'scale_by_soaa',
     'scale_by_sonew',
     'shared_basis',
+    'soaa',
     'sonew',
     'state_sharding',
 ]
