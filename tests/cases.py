@@ -25,6 +25,9 @@ class Case:
       compressed: whether the state has arrays of other shapes than the leaf's.
       layout: whether the factory has a ``layout`` with batch axes.
       scale_free: whether updates do not change with the scale of the gradients.
+      floats: arguments that must be traced where hyperparameters are injected.
+      momentum: the argument that is the decay of the mean of the gradients.
+      spreads_nan: whether a NaN in one leaf is one in all: by sums over the whole tree.
     """
 
     name: str
@@ -37,6 +40,9 @@ class Case:
     compressed: bool = False
     layout: bool = True
     scale_free: bool = True
+    floats: tuple[str, ...] = ('learning_rate', 'b1', 'b2', 'eps')
+    momentum: str = 'b1'
+    spreads_nan: bool = False
 
     def make(self, learning_rate: Any = None, **keywords: Any) -> optax.GradientTransformation:
         """The transformation, with other keywords where given."""
@@ -56,6 +62,14 @@ _SHARED_BASIS_STATIC = (
     'update_every',
     'max_block_dim',
     'seed',
+)
+
+# Its direction has the gradients' unit where they are large, and its sums are the whole tree's.
+_SOAA = dict(
+    layout=False,
+    scale_free=False,
+    floats=('learning_rate', 'b1', 'b2', 'gamma', 'eps', 'total_steps'),
+    spreads_nan=True,
 )
 
 # The control: what Optax's own Adam does not pass is no fair check.
@@ -113,6 +127,14 @@ CASES = (
         static_args=_SHARED_BASIS_STATIC,
         state_bytes=16,
         compressed=True,
+    ),
+    Case('soaa', precond_optax.soaa, keywords={'total_steps': 1000}, **_SOAA),
+    Case(
+        'soaa_centered',
+        precond_optax.soaa,
+        keywords={'total_steps': 1000, 'fisher': 'centered'},
+        state_bytes=12,
+        **_SOAA,
     ),
 )
 
