@@ -322,6 +322,7 @@ def test_apply_if_finite_skips_a_step_and_its_loss(rng):
     grads = [cast(g, 'float32') for g in grads]
     tx = optax.apply_if_finite(precond_optax.soaa(0.1, total_steps=4), 3)
     _, told, state = take(tx, grads, losses)
+    assert told[-1][2] > 0
     poisoned = jax.tree.map(lambda x: x * jnp.nan, grads[0])
     _, seen, skipped = take(
         tx, [*grads[:2], poisoned, *grads[2:]], [*losses[:2], 7.0, *losses[2:]]
@@ -337,6 +338,7 @@ def test_multi_steps_takes_the_last_loss(rng):
     soaa = precond_optax.soaa(0.1, total_steps=3)
     multi = optax.MultiSteps(soaa, every_k_schedule=2)
     updates, told, _ = take(multi, grads, losses)
+    assert told[-1][2] > 0
     means = [jax.tree.map(lambda a, b: (a + b) / 2, *grads[i : i + 2]) for i in (0, 2, 4)]
     expected, wanted, _ = take(soaa, means, losses[1::2])
     for i in range(3):
