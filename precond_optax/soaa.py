@@ -73,8 +73,8 @@ def scale_by_soaa(  # noqa: D417 (its arguments are those of `soaa`)
       >>> tx = optax.chain(direction, optax.scale_by_learning_rate(0.01))
       >>> params = {'kernel': jnp.ones((3, 2)), 'bias': jnp.ones(2)}
       >>> updates, state = tx.update(params, tx.init(params), value=4.0)
-      >>> updates['bias'].round(4).tolist(), float(state[0].trust_region)
-      ([-0.005, -0.005], 1.0)
+      >>> print(f'{updates["bias"][0]:.4f}', state[0].trust_region)
+      -0.0050 1.0
 
     References:
       See `soaa`.
@@ -106,20 +106,18 @@ def scale_by_soaa(  # noqa: D417 (its arguments are those of `soaa`)
         grad: jax.Array, state: ScaleBySoaaState, facts: LeafLayout
     ) -> tuple[leafwise.Fields, jax.Array, jax.Array, jax.Array]:
         """A leaf's new means, and m, s and v with their bias corrected."""
-        # A square that overflows would stay infinite for ever, and the sums with it.
+        # A square that overflows would stay infinite for ever, and the sums with it. A sixteenth:
+        # so that no rounding or correction of the bias overflows either.
         most = min(float(jnp.finfo(d).max) for d in (stored(facts), grad.dtype)) / 16
 
         def mean_square(old: jax.Array, x: jax.Array) -> jax.Array:
             return b2 * old + (1 - b2) * jnp.minimum(x * x, most)
 
-        changed = {
-            'mu': b1 * state.mu + (1 - b1) * grad,
-            'nu': mean_square(state.nu, grad),
-        }
+        changed = {'mu': b1 * state.mu + (1 - b1) * grad, 'nu': mean_square(state.nu, grad)}
         if centered:
             held = 1 - b1 ** (state.count - 1)  # of the weights; none before the first step
-            before = state.mu / jnp.where(state.count > 1, held, 1)
-            changed['fisher'] = mean_square(state.fisher, grad - before)
+            last = state.mu / jnp.where(state.count > 1, held, 1)
+            changed['fisher'] = mean_square(state.fisher, grad - last)
         correction = 1 / (1 - b2**state.count)
         v = changed.get('fisher', changed['nu'])
         m = changed['mu'] / (1 - b1**state.count)
@@ -139,7 +137,6 @@ def scale_by_soaa(  # noqa: D417 (its arguments are those of `soaa`)
         ratio = jnp.minimum(_over(sums['gradient'], sums['fisher']), jnp.finfo(grad.dtype).max)
         dt = state.trust_region
         direction = dt * _over(m, jnp.maximum(dt * (v + ratio * v), jnp.sqrt(s)) + eps)
-        # m u - v u^2 / 2, in the order in which nothing overflows: |v u| <= |m|.
         reduction = jnp.sum(direction * (m - 0.5 * v * direction))
         return direction, changed | {'sums': {'reduction': reduction}}
 
@@ -248,7 +245,7 @@ def soaa(
         the mean before the step.
       mu_dtype: dtype in which the mean of the gradients is stored; None: the parameter's.
       stats_dtype: dtype in which the means of squares are stored; None: the parameter's, but
-        float32 at least.
+        float32 at least. Squares above a sixteenth of its largest number count as that.
       stochastic_rounding: whether statistics stored in bfloat16 are rounded stochastically, so
         that increments below their precision are not lost. Drawn from the step count and the
         leaf's path: a resumed run draws the same.

@@ -121,6 +121,52 @@ def test_mixed_tree_has_scalars_of_its_widest_dtype():
         assert state.nu['half'].dtype == 'float32'
 
 
+def test_numbers_keep_their_dtype_beside_wider_hyperparameters():
+    with jax.enable_x64(True):
+        params = jnp.ones(3, 'float32')
+        tx = optax.inject_hyperparams(precond_optax.soaa, hyperparam_dtype=jnp.float64)(
+            learning_rate=0.1, total_steps=10
+        )
+        state = tx.init(params)
+        _, after = jax.jit(tx.update)(params, state, params, value=np.float64(2.0))
+        assert after.hyperparams['b1'].dtype == 'float64'
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+        assert {x.dtype.name for x in scalars(after)} == {'float32'}
+
+
+@pytest.mark.parametrize('fisher', FISHERS)
+def test_loss_in_a_data_parallel_shard_map_and_under_vmap(rng, fisher):
+    """A loss and gradients that all devices have in common; and one loss for each model."""
+    grads, losses = random_run(rng, 4)
+    grads = [cast(g, 'float32') for g in grads]
+    tx = scale_by(total_steps=4, fisher=fisher)
+    expected, told, _ = take(tx, grads, losses)
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+
+    def update(share, state, loss):
+        mean = jax.tree.map(lambda x: jax.lax.pmean(x[0], 'data'), share)
+        return tx.update(mean, state, value=jax.lax.pmean(loss[0], 'data'))
+
+    specs = dict(in_specs=(P('data'), P(), P('data')), out_specs=(P(), P()))
+    update = jax.jit(jax.shard_map(update, mesh=mesh, **specs))
+    state = tx.init(grads[0])
+    for grad, loss in zip(grads, losses, strict=True):
+        shares = jax.tree.map(lambda g: g * jnp.arange(8).reshape(8, *(1,) * g.ndim) / 3.5, grad)
+        updates, state = update(shares, state, loss * jnp.arange(8) / 3.5)
+    assert_close(updates, expected[-1], 1e-4)
+    np.testing.assert_allclose(scalars(state), told[-1], rtol=1e-4)
+
+    pairs = [jax.tree.map(lambda g: jnp.stack([g, -2 * g]), grad) for grad in grads]
+    state = jax.vmap(tx.init)(pairs[0])
+    many = jax.jit(jax.vmap(lambda g, s, loss: tx.update(g, s, value=loss)))
+    for pair, loss in zip(pairs, losses, strict=True):
+        _, state = many(pair, state, jnp.stack([loss, 3 * loss]))
+    others = [jax.tree.map(lambda g: -2 * g, grad) for grad in grads]
+    _, other, _ = take(tx, others, [3 * loss for loss in losses])
+    for i, one in enumerate((told, other)):
+        np.testing.assert_allclose([x[i] for x in scalars(state)], one[-1], rtol=1e-4)
+
+
 @pytest.mark.parametrize('fisher', FISHERS)
 def test_without_a_loss_the_trust_region_is_one(rng, fisher):
     """And the updates are those of the formula with dt = 1; None, NaN and inf are no losses."""
@@ -244,12 +290,13 @@ def test_sum_of_many_large_squares_does_not_overflow():
 
 
 def test_huge_entry_is_forgotten(rng):
-    """One square beyond float32 leaves no infinity behind, in no leaf and no number."""
+    """Squares beyond float32 leave no infinity behind, in no leaf and no number."""
     tx = scale_by(b2=0.5, total_steps=1000)
     grads, losses = random_run(rng, 400)
-    grads = [cast(g, 'float32') for g in grads]
-    for i in (0, 3):
-        grads[i] = {**grads[i], 'kernel': grads[i]['kernel'].at[1, 2].set(1e25)}
+    # One leaf has no gradient, so v is 0 where the ratio of the sums is infinite.
+    grads = [{**cast(g, 'float32'), 'bias': jnp.zeros(4)} for g in grads]
+    for i, size in ((0, 1e25), (3, 1e30), (9, -3e38)):
+        grads[i] = {**grads[i], 'kernel': grads[i]['kernel'].at[1, 2].set(size)}
     updates, told, state = take(tx, grads, losses)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((updates, told, state)))
     _, _, clean = take(tx, grads[100:], losses[100:])
