@@ -64,7 +64,7 @@ _SHARED_BASIS_STATIC = (
     'seed',
 )
 
-# Its direction has the gradients' unit where they are large, and its sums are the whole tree's.
+# Where gradients are large its direction is one over them; its sums are the whole tree's.
 _SOAA = dict(
     layout=False,
     scale_free=False,
