@@ -69,6 +69,8 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     'sonew, band 2': lambda: precond_optax.sonew(1e-3, band=2),
     'sonew, band 4': lambda: precond_optax.sonew(1e-3, band=4),
     'sonew, band 8': lambda: precond_optax.sonew(1e-3, band=8),
+    'soaa': lambda: precond_optax.soaa(1e-3, total_steps=1000),
+    'soaa, centered': lambda: precond_optax.soaa(1e-3, total_steps=1000, fisher='centered'),
     'shared, rank 8': lambda: _shared(rank=8),
     'shared, rank 16': lambda: _shared(rank=16),
     'shared, rank 32': lambda: _shared(rank=32),
@@ -162,10 +164,10 @@ def measure(
     count = sum(math.prod(shape) for shape in shapes.values())
 
     def prepared(name: str) -> list[Any]:
-        tx = OPTIMIZERS[name]()
+        tx = optax.with_extra_args_support(OPTIMIZERS[name]())
 
         def step(params: Any, state: Any, grads: Any) -> Any:
-            updates, state = tx.update(grads, state, params)
+            updates, state = tx.update(grads, state, params, value=1.0)  # a loss, where taken
             return optax.apply_updates(params, updates), state
 
         params = jax.tree.map(jnp.zeros_like, grads)

@@ -63,7 +63,7 @@ def gradients(
         lambda params: jax.tree.map(jnp.zeros_like, kernels(params)),
         lambda updates, state, params=None: (updates, kernels(updates)),
     )
-    tx = optax.chain(record, optimizers.make(optimizer, optax.constant_schedule))
+    tx = optax.chain(record, optimizers.make(optimizer, optax.constant_schedule, warmup + steps))
     params = task.init(jax.random.fold_in(jax.random.key(seed), 0))
     if unknown := [layer for layer in layers if layer not in params]:
         raise ValueError(f'--layers: {unknown} not among {sorted(params)}.')

@@ -20,18 +20,21 @@ FACTORIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     'rmsprop': optax.rmsprop,
     'sgd': optax.sgd,
     'shared_basis': precond_optax.shared_basis,
+    'soaa': precond_optax.soaa,
     'sonew': precond_optax.sonew,
 }
 
 
 def make(
-    config: Mapping[str, Any], schedule: Callable[[float], optax.Schedule]
+    config: Mapping[str, Any], schedule: Callable[[float], optax.Schedule], num_steps: int
 ) -> optax.GradientTransformation:
     """The optimizer that a config describes.
 
     Args:
-      config: ``name``, ``learning_rate`` (the peak), and the factory's other keywords.
+      config: ``name``, ``learning_rate`` (the peak), and the factory's other keywords. A
+        ``total_steps`` that is there and None is the run's.
       schedule: the task's schedule of the learning rate, from its peak.
+      num_steps: the steps of the whole run.
 
     Returns:
       The transformation.
@@ -47,6 +50,8 @@ def make(
     is_number = isinstance(peak, float | int) and not isinstance(peak, bool)
     if not is_number or not 0 <= peak < math.inf:
         raise ValueError(f'optimizer.learning_rate must be a number >= 0, got {peak!r}.')
+    if arguments.get('total_steps', num_steps) is None:
+        arguments['total_steps'] = num_steps
     try:
         return FACTORIES[name](learning_rate=schedule(peak), **arguments)
     except TypeError as error:

@@ -16,6 +16,9 @@ import tqdm
 from experiments import optimizers, tasks
 from experiments import workdir as workdir_lib
 
+# What an optimizer's state may tell of the run as a whole; logged where it does.
+TOLD = ('trust_region', 'predicted_reduction', 'loss_average')
+
 
 class Carry(NamedTuple):
     """What a run needs to go on, and all that a checkpoint holds besides the clock."""
@@ -31,6 +34,7 @@ def make_segment(task: tasks.Task, tx: optax.GradientTransformation, seed: int) 
     The order of the examples depends on the seed and the epoch only, never on where the run was
     cut into segments: so a resumed run sees the same batches.
     """
+    tx = optax.with_extra_args_support(tx)  # those that take no loss are not given it
     per_epoch, size = task.steps_per_epoch, task.batch_size
     order_key = jax.random.fold_in(jax.random.key(seed), 1)
 
@@ -44,7 +48,7 @@ def make_segment(task: tasks.Task, tx: optax.GradientTransformation, seed: int) 
         rows = jax.lax.dynamic_slice_in_dim(order, index * size, size)
         batch = jax.tree.map(lambda x: x[rows], data)
         loss, grads = jax.value_and_grad(task.loss)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss)
         params = optax.apply_updates(params, updates)
         return (Carry(params, opt_state, count + 1), order), loss
 
@@ -101,7 +105,7 @@ def prepare(
     """
     _check(task_config)
     task = tasks.make(task_config, data_dir)
-    inner = optimizers.make(optimizer_config, task.schedule)
+    inner = optimizers.make(optimizer_config, task.schedule, task.num_steps)
     tx = optax.apply_if_finite(inner, task_config['max_consecutive_errors'])
     schedule = task.schedule(optimizer_config['learning_rate'])
     jax.eval_shape(lambda key: tx.init(task.init(key)), jax.random.key(0))
@@ -149,6 +153,7 @@ def train(
                     'last_loss': float(losses[-1]),
                     'learning_rate': float(learning_rate(step - 1)),
                     'notfinite': int(carry.opt_state.total_notfinite),
+                    **told(carry.opt_state),
                 }
                 run.log(row)
                 bar.update(length)
@@ -201,6 +206,16 @@ def train_and_evaluate(
     """
     experiment = prepare(task_config, optimizer_config, workdir, data_dir)
     return train(experiment, progress=progress, stop_after=stop_after)
+
+
+def told(state: optax.OptState) -> dict[str, float]:
+    """The numbers of `TOLD` that are in a state, by their fields' names.
+
+    Found wherever they are, so the loop needs to know neither the methods nor how an alias or a
+    wrapper nests their states.
+    """
+    found = {name: optax.tree.get(state, name) for name in TOLD}
+    return {name: float(number) for name, number in found.items() if number is not None}
 
 
 def _optimizer_bytes(state: optax.ApplyIfFiniteState) -> int:

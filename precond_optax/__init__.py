@@ -11,6 +11,7 @@ from precond_optax.shared_basis import (
     scale_by_shared_basis,
     shared_basis,
 )
+from precond_optax.soaa import ScaleBySoaaState, scale_by_soaa, soaa
 from precond_optax.sonew import ScaleBySonewState, scale_by_sonew, sonew
 
 __version__ = '0.1.0'
@@ -24,6 +25,7 @@ __all__ = [
     'ScaleByBlockAdamState',
     'ScaleByMbagState',
     'ScaleBySharedBasisState',
+    'ScaleBySoaaState',
     'ScaleBySonewState',
     'block_adam',
     'mbag',
@@ -31,8 +33,10 @@ __all__ = [
     'scale_by_block_adam',
     'scale_by_mbag',
     'scale_by_shared_basis',
+    'scale_by_soaa',
     'scale_by_sonew',
     'shared_basis',
+    'soaa',
     'sonew',
     'state_sharding',
 ]

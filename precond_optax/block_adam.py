@@ -152,8 +152,8 @@ def scale_by_block_adam(  # noqa: D417 (its arguments are those of `block_adam`)
 
     def axes_of(facts: LeafLayout) -> dict[str, placement.Axes]:
         blocks = blocks_of(facts)
-        names = () if blocks is None else ('second_moment', 'root')
-        return {name: blocks.matrices.axes for name in names}
+        names = ('second_moment', 'root')
+        return {} if blocks is None else dict.fromkeys(names, blocks.matrices.axes)
 
     return leafwise.leafwise(
         ScaleByBlockAdamState,

@@ -84,3 +84,16 @@ def float_dtype(name: str, value: Any) -> None:
         is_float = False
     if not is_float:
         raise ValueError(f'{name} must be None or a floating dtype, got {value!r}.')
+
+
+def real_scalar(name: str, value: Any) -> jax.Array:
+    """The value as an array of shape (); raises ``ValueError`` unless it is one real number."""
+    try:
+        array = jax.numpy.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{name} must be a scalar, got {value!r}.') from error
+    if array.shape or jax.numpy.iscomplexobj(array):
+        raise ValueError(
+            f'{name} must be a real scalar, got {array.dtype} of shape {array.shape}.'
+        )
+    return array

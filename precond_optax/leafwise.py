@@ -2,7 +2,8 @@
 
 ``leafwise`` walks the tree, finds each leaf's layout, counts the steps, casts to the
 arithmetic's dtype and back to what is stored, runs the grafting rule, and puts the results
-together again. ``chain_learning_rate`` makes the alias. A method file holds its state, its rule
+together again. A method that needs sums over all leaves says so in a ``Whole``.
+``chain_learning_rate`` makes the alias. A method file holds its state, its rule
 for a leaf and its docstring, and nothing of this.
 """
 
@@ -28,6 +29,27 @@ from precond_optax.placement import Axes
 # A leaf's state: by field, an array, a tuple of arrays (a stacked field) or optax.MaskedNode().
 Fields = dict[str, Any]
 Path = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """What a method does for the tree as a whole: numbers of it, and sums over its leaves.
+
+    A tree without leaves has no sums and keeps its numbers.
+
+    Attributes:
+      start: the state's fields that are one number for the tree, and what they are at first.
+      before: from a gradient, the leaf's state and its layout, as ``update_leaf`` sees them,
+        numbers by name. Summed over the leaves, before any is updated, they are the fourth
+        argument of ``update_leaf``.
+      after: from the state before the step (but ``count`` is this step's), the sums of what
+        ``update_leaf`` gives as ``changed['sums']``, and the extra arguments of ``update``, the
+        numbers that change.
+    """
+
+    start: Mapping[str, float]
+    before: Callable[[jax.Array, Any, LeafLayout], Mapping[str, jax.Array]]
+    after: Callable[[Any, Mapping[str, jax.Array], Mapping[str, Any]], Mapping[str, jax.Array]]
 
 
 class Record(NamedTuple):
@@ -112,13 +134,14 @@ def staggered(costs: Sequence[float], every: int) -> list[int]:
 def leafwise(
     state_type: type,
     init_leaf: Callable[[Any, LeafLayout], Fields],
-    update_leaf: Callable[[jax.Array, Any, LeafLayout], tuple[jax.Array, Fields]],
+    update_leaf: Callable[..., tuple[jax.Array, Fields]],
     *,
     layout: layout_lib.Layout,
     stacked: Mapping[str, int] | None = None,
     stochastic: Collection[str] = (),
     gathered: Mapping[str, bool] | None = None,
     one_by_one: str | None = None,
+    whole: Whole | None = None,
     graft: optax.GradientTransformation | None = None,
     describe: Callable[[LeafLayout], str] = lambda facts: '',
     axes: Callable[[LeafLayout], Mapping[str, Axes]] = lambda facts: {},
@@ -136,7 +159,8 @@ def leafwise(
       update_leaf: from a gradient, the leaf's state and its layout, the update and the fields that
         change. The leaf's state is a ``state_type`` too: ``count`` is the number of this step,
         from 1; a field is the leaf's array, in the arithmetic's dtype; ``graft`` is the grafting
-        rule's update for this leaf; a gathered field is the leaf's number.
+        rule's update for this leaf; a gathered field is the leaf's number, one of ``whole`` the
+        tree's.
       layout: the user's rules.
       stacked: fields that are tuples of trees, each like the parameters', and how many.
       stochastic: fields that are rounded stochastically where they are stored in bfloat16.
@@ -144,6 +168,7 @@ def leafwise(
         in the order of the leaves, or ``optax.MaskedNode()``.
       one_by_one: a gathered field whose number, never negative, a leaf waits for before the next
         one begins. None: the compiler may do several leaves at once.
+      whole: what the method does for the tree as a whole. None: leaves know nothing of each other.
       graft: the grafting rule; its updates reach ``update_leaf``. None: the gradient does.
       describe: what a leaf gets, for `plan`.
       axes: the axes of the fields that are not shaped like the parameter: for each the
@@ -157,7 +182,8 @@ def leafwise(
     """
     layout_lib.check(layout)
     kept = dict(gathered or {})
-    names = tuple(n for n in state_type._fields if n not in ('count', 'graft', *kept))  # type: ignore[attr-defined]
+    start = {} if whole is None else whole.start
+    names = tuple(n for n in state_type._fields if n not in ('count', 'graft', *kept, *start))  # type: ignore[attr-defined]
     has_graft = 'graft' in state_type._fields  # type: ignore[attr-defined]
     depth = {name: (stacked or {}).get(name) for name in names}
     rule = optax.with_extra_args_support(optax.identity() if graft is None else graft)
@@ -184,6 +210,7 @@ def leafwise(
             others = {'graft': rule.init(params)} if has_graft else {}
         for name, on in kept.items():
             others[name] = jnp.zeros(len(leaves), jnp.float32) if on else optax.MaskedNode()
+        others.update((name, jnp.array(x, _widest(layouts))) for name, x in start.items())
         trees = _to_trees(per_leaf, depth, treedef)
         return state_type(count=jnp.zeros([], jnp.int32), **others, **trees)
 
@@ -198,29 +225,54 @@ def leafwise(
             tree, others['graft'] = rule.update(updates, state.graft, params, **extra_args)
             for fields, facts, own in zip(wide, layouts, treedef.flatten_up_to(tree), strict=True):
                 fields['graft'] = own.astype(facts.compute_dtype)
-        others.update((name, getattr(state, name)) for name in kept)
+        others.update((name, getattr(state, name)) for name in (*kept, *start))
         numbers: dict[str, list[Any]] = {name: [] for name, on in kept.items() if on}
-        directions, last = [], None
-        for i, (grad, facts) in enumerate(zip(grads, layouts, strict=True)):
+        for i, (fields, facts) in enumerate(zip(wide, layouts, strict=True)):
+            fields.update({n: others[n][i] if on else None for n, on in kept.items()})
+            fields.update(_cast({n: others[n] for n in start}, facts.compute_dtype))
+        seen = [
+            (grad.astype(facts.compute_dtype), state_type(count=count, **fields), facts)
+            for grad, fields, facts in zip(grads, wide, layouts, strict=True)
+        ]
+        sums = _sums([] if whole is None else [whole.before(*leaf) for leaf in seen], layouts)
+        directions, reported, last = [], [], None
+        for i, (wide_grad, own, facts) in enumerate(seen):
             if last is not None:
                 # True, but only the last leaf tells; XLA drops optimization barriers too early.
-                grad = jnp.where(last >= 0, grad, jnp.nan)
-            own_numbers = {n: others[n][i] if on else None for n, on in kept.items()}
-            direction, changed = update_leaf(
-                grad.astype(facts.compute_dtype),
-                state_type(count=count, **wide[i], **own_numbers),
-                facts,
-            )
-            directions.append(direction.astype(grad.dtype))
+                wide_grad = jnp.where(last >= 0, wide_grad, jnp.nan)
+            more = () if whole is None else (_cast(sums, facts.compute_dtype),)
+            direction, changed = update_leaf(wide_grad, own, facts, *more)
+            reported.append(changed.pop('sums', {}))
+            directions.append(direction.astype(grads[i].dtype))
             last = last if one_by_one is None else changed.get(one_by_one, last)
             for name, values in numbers.items():
-                values.append(changed.pop(name, own_numbers[name]))
+                values.append(changed.pop(name, getattr(own, name)))
             per_leaf[i].update(_cast_like(changed, per_leaf[i], stochastic, count, facts.path))
         others.update((name, jnp.array(values, jnp.float32)) for name, values in numbers.items())
+        if whole is not None and seen:
+            now = state._replace(count=count)
+            for name, value in whole.after(now, _sums(reported, layouts), extra_args).items():
+                others[name] = jnp.asarray(value, others[name].dtype)
         trees = _to_trees(per_leaf, depth, treedef)
         return treedef.unflatten(directions), state_type(count=count, **others, **trees)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _widest(layouts: Sequence[LeafLayout]) -> jnp.dtype:
+    """The dtype of what belongs to no single leaf: the widest arithmetic, float32 at least."""
+    return jnp.result_type(jnp.float32, *(facts.compute_dtype for facts in layouts))
+
+
+def _sums(
+    per_leaf: Sequence[Mapping[str, jax.Array]], layouts: Sequence[LeafLayout]
+) -> dict[str, jax.Array]:
+    """The leaves' numbers by name, added up; of no leaves, none."""
+    dtype = _widest(layouts)
+    return {
+        name: sum((numbers[name].astype(dtype) for numbers in per_leaf), jnp.zeros([], dtype))
+        for name in (per_leaf[0] if per_leaf else ())
+    }
 
 
 def _to_trees(per_leaf: list[Fields], depth: Mapping[str, int | None], treedef: Any) -> Fields:

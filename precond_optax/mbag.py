@@ -180,8 +180,7 @@ def scale_by_mbag(  # noqa: D417 (its arguments are those of `mbag`)
 
     def axes_of(facts: LeafLayout) -> dict[str, placement.Axes]:
         blocks = blocks_of(facts)
-        names = () if blocks is None else (in_use, 'root')
-        return {name: blocks.matrices.axes for name in names}
+        return {} if blocks is None else dict.fromkeys((in_use, 'root'), blocks.matrices.axes)
 
     return leafwise.leafwise(
         ScaleByMbagState,
@@ -241,7 +240,7 @@ def _step(
         if decay is None:
             roots, _ = matrix_root.polar_root(matrices, how.newton_schulz_steps)
         else:
-            shifted = matrix_root.with_shift(matrices, 0.0, how.rounding)
+            shifted = matrix_root.with_shift(matrices, jnp.array(0, held.dtype), how.rounding)
             _, roots, _ = matrix_root.newton_schulz(shifted, how.newton_schulz_steps)
         roots = roots.reshape(held.shape)
         failed = ~jnp.all(jnp.isfinite(roots), axis=-1, keepdims=True)

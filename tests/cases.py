@@ -25,8 +25,9 @@ class Case:
       compressed: whether the state has arrays of other shapes than the leaf's.
       layout: whether the factory has a ``layout`` with batch axes.
       scale_free: whether updates do not change with the scale of the gradients.
-      floats: arguments that are traced where they are injected.
-      momentum: the argument that is 0 where another wrapper does the averaging.
+      floats: arguments that must be traced where hyperparameters are injected.
+      momentum: the argument that is the decay of the mean of the gradients.
+      spreads_nan: whether a NaN in one leaf is one in all: by sums over the whole tree.
       variant: whether another row of the same factory is enough for Optax's own tests.
     """
 
@@ -42,6 +43,7 @@ class Case:
     scale_free: bool = True
     floats: tuple[str, ...] = ('learning_rate', 'b1', 'b2', 'eps')
     momentum: str = 'b1'
+    spreads_nan: bool = False
     variant: bool = False
 
     def make(self, learning_rate: Any = None, **keywords: Any) -> optax.GradientTransformation:
@@ -84,6 +86,14 @@ def _mbag(name: str, learning_rate: float, state_bytes: float, **keywords: Any) 
         variant=name != 'mbag',
     )
 
+
+# Where gradients are large its direction is one over them; its sums are the whole tree's.
+_SOAA = dict(
+    layout=False,
+    scale_free=False,
+    floats=('learning_rate', 'b1', 'b2', 'gamma', 'eps', 'total_steps'),
+    spreads_nan=True,
+)
 
 # The control: what Optax's own Adam does not pass is no fair check.
 ADAM = Case('adam', optax.adam, real_only=False, layout=False)
@@ -156,6 +166,15 @@ CASES = (
         static_args=('block_size', 'root_every'),
         state_bytes=16,
         compressed=True,
+    ),
+    Case('soaa', precond_optax.soaa, keywords={'total_steps': 1000}, **_SOAA),
+    Case(
+        'soaa_centered',
+        precond_optax.soaa,
+        variant=True,
+        keywords={'total_steps': 1000, 'fisher': 'centered'},
+        state_bytes=12,
+        **_SOAA,
     ),
 )
 

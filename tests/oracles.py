@@ -5,7 +5,7 @@ inverse with a banded pattern is put together from inverses of dense blocks, not
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -291,3 +291,47 @@ def block_adam_direction(
         _, second = moments(own[:last], b1, b2)
         result[group] = inverse_square_root(second, eps) @ mean
     return result.reshape(np.shape(grads[0]))
+
+
+def soaa_updates(
+    grads: Sequence[Mapping[str, np.ndarray]],
+    losses: Sequence[float | None],
+    *,
+    total_steps: float,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    gamma: float = 0.25,
+    eps: float = 1e-8,
+    fisher: str = 'uncentered',
+    learning_rate: Callable[[int], float] = lambda taken: 1.0,
+) -> tuple[list[dict[str, np.ndarray]], list[tuple[float, float, float]]]:
+    """SOAA's directions on a whole tree, and (dt, pr, l_avg) after each step.
+
+    A loss that is None was not given; the learning rate is a function of the steps taken before.
+    """
+    names = sorted(grads[0])
+    shapes = [np.shape(grads[0][name]) for name in names]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    m = s = c = last_m_hat = np.zeros(ends[-1])
+    dt, pr, l_avg = 1.0, 0.0, 0.0
+    updates, scalars = [], []
+    for t, (tree, loss) in enumerate(zip(grads, losses, strict=True), start=1):
+        g = np.concatenate([np.asarray(tree[name], np.float64).ravel() for name in names])
+        m = b1 * m + (1 - b1) * g
+        s = b2 * s + (1 - b2) * g**2
+        c = b2 * c + (1 - b2) * (g - last_m_hat) ** 2
+        m_hat, s_hat = m / (1 - b1**t), s / (1 - b2**t)
+        v_hat = {'uncentered': s_hat, 'centered': c / (1 - b2**t)}[fisher]
+        f = (1 + np.sum(m_hat**2) / np.sum(v_hat + eps)) * v_hat
+        u = m_hat * dt / (np.maximum(dt * f, np.sqrt(s_hat)) + eps)
+        if loss is not None:
+            l_avg = b1 * l_avg + (1 - b1) * loss
+            gained = l_avg / (1 - b1**t) - loss
+            done = (t - 1) / total_steps
+            dt = min(max(gained / max(pr, eps) * dt, (1 - gamma) ** done), 1 + gamma**done)
+            pr = learning_rate(t - 1) * np.sum(m_hat * u - v_hat * u**2 / 2)
+        parts = zip(names, np.split(u, ends[:-1]), shapes, strict=True)
+        updates.append({name: part.reshape(shape) for name, part, shape in parts})
+        scalars.append((dt, pr, l_avg))
+        last_m_hat = m_hat
+    return updates, scalars

@@ -91,6 +91,37 @@ def test_every_task_with_every_optimizer(task, optimizer, tmp_path):
     assert [row['step'] for row in lines(tmp_path)] == [1, 2, 3, 4]
 
 
+def test_every_optimizer_is_given_the_loss_of_its_batch(tmp_path):
+    """SOAA's mean of the losses is that of those that are logged; what it tells is logged too."""
+    task = small_task(epochs=3)
+    train.train_and_evaluate(task, config_of('optimizers', 'soaa'), tmp_path / 'a', progress=False)
+    rows = lines(tmp_path / 'a')
+    average = 0.0
+    for row in rows:
+        average = 0.9 * average + 0.1 * row['loss']
+        assert row['loss_average'] == pytest.approx(average, rel=1e-5)
+        assert row['trust_region'] > 0
+    assert rows[-1]['predicted_reduction'] > 0
+    train.train_and_evaluate(task, config_of('optimizers', 'adam'), tmp_path / 'b', progress=False)
+    assert not set(train.TOLD) & set(lines(tmp_path / 'b')[0])
+
+
+@pytest.mark.parametrize(('given', 'expected'), [(None, 12), (30, 30)])
+def test_total_steps_are_the_run_s_unless_given(given, expected, monkeypatch, tmp_path):
+    seen = []
+    real = optimizers.FACTORIES['soaa']
+
+    def factory(**keywords):
+        seen.append(keywords['total_steps'])
+        return real(**keywords)
+
+    monkeypatch.setitem(optimizers.FACTORIES, 'soaa', factory)
+    config = config_of('optimizers', 'soaa')
+    config.total_steps = given
+    train.prepare(small_task(epochs=3), config, tmp_path)
+    assert seen == [expected]
+
+
 def test_training_lowers_the_loss(tmp_path):
     task = small_task(epochs=30)
     summary = train.train_and_evaluate(task, config_of('optimizers', 'sonew'), tmp_path)
@@ -238,6 +269,7 @@ BAD_CONFIGS = [
     (dict(warmup_epochs=9), {}, 'task.warmup_epochs must be in'),
     ({}, dict(name='sonnew'), r"optimizer.name must be one of .*'sonew'.*, got 'sonnew'"),
     ({}, dict(b2=2.0), r'b2 must be in \[0, 1\), got 2.0'),
+    ({}, dict(name='soaa'), "'soaa' does not take these keywords: .*'band'"),
 ]
 
 
@@ -279,13 +311,14 @@ def test_workdir_with_other_things(tmp_path):
         train.train_and_evaluate(small_task(), config_of('optimizers', 'adam'), tmp_path)
 
 
-def test_sonews_config_has_all_its_arguments():
-    arguments = set(inspect.signature(precond_optax.sonew).parameters)
-    assert set(config_of('optimizers', 'sonew')) == arguments - {'layout', 'mask'} | {'name'}
-    defaults = inspect.signature(precond_optax.sonew).parameters
-    for name, value in config_of('optimizers', 'sonew').items():
-        if name not in ('name', 'learning_rate'):
-            assert value == defaults[name].default, name
+@pytest.mark.parametrize('optimizer', ['sonew', 'soaa'])
+def test_config_has_all_arguments(optimizer):
+    parameters = inspect.signature(optimizers.FACTORIES[optimizer]).parameters
+    config = config_of('optimizers', optimizer)
+    assert set(config) == set(parameters) - {'layout', 'mask'} | {'name'}
+    for name, value in config.items():
+        if name not in ('name', 'learning_rate', 'total_steps'):
+            assert value == parameters[name].default, name
 
 
 def test_workdir_that_is_a_file(tmp_path):
