@@ -1,7 +1,7 @@
 """Optimizer step time as a ratio to optax.adam; state and workspace in bytes per parameter.
 
 python -m experiments.benchmark [--workdir=DIR] [--rounds=20] [--noin_turn] \\
-    [--methods='^(?!shared)'] [--trees='leaf|autoencoder']
+    [--methods='^(ada|soaa|sonew)'] [--trees='leaf|autoencoder']
 
 Whole steps are timed (update and apply_updates, parameters and state donated), one of each
 optimizer in turn, so that all see the same machine and none finds the caches as it left them;
@@ -12,14 +12,16 @@ rounds, the slowest. With --workdir, the times go to benchmark.json there, and t
 benchmark.md.
 
 --methods and --trees are regular expressions that are searched for in the names in OPTIMIZERS and
-TREES; optax.adam is always measured. The shared basis is left out unless asked for:
+TREES; optax.adam is always measured. Methods with blocks, whose state is many times the large
+leaf's, are left out unless asked for:
 
 python -m experiments.benchmark --methods=shared --trees=autoencoder --rounds=100
 python -m experiments.benchmark --methods=shared --trees=POS --rounds=20
 python -m experiments.benchmark --methods=every --trees=POS --rounds=100
+python -m experiments.benchmark --methods='mbag|block|soaa' --trees=autoencoder --rounds=100
 
-Its 'every 10' refreshes each leaf in one step out of ten, the leaves in turns: that no step is a
-spike is told by the 99th percentile, of 100 rounds or more.
+The shared basis' 'every 10' refreshes each leaf in one step out of ten, the leaves in turns: that
+no step is a spike is told by the 99th percentile, of 100 rounds or more.
 """
 
 import functools
@@ -44,7 +46,7 @@ from experiments import report, workdir
 
 _ROUNDS = flags.DEFINE_integer('rounds', 20, 'Timed steps of each optimizer.', lower_bound=1)
 _IN_TURN = flags.DEFINE_boolean('in_turn', True, 'One step of each optimizer in turn.')
-_METHODS = flags.DEFINE_string('methods', '^(?!shared)', 'Which of OPTIMIZERS, beside adam.')
+_METHODS = flags.DEFINE_string('methods', '^(ada|soaa|sonew)', 'Which of OPTIMIZERS, beside adam.')
 _TREES = flags.DEFINE_string('trees', 'leaf|autoencoder', 'Which of TREES.')
 
 _UNCOUNTED = 'sonew, tridiagonal'  # its step begins each turn
@@ -71,6 +73,15 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     'sonew, band 8': lambda: precond_optax.sonew(1e-3, band=8),
     'soaa': lambda: precond_optax.soaa(1e-3, total_steps=1000),
     'soaa, centered': lambda: precond_optax.soaa(1e-3, total_steps=1000, fisher='centered'),
+    'mbag': lambda: precond_optax.mbag(1e-3),
+    'mbag, EMA': lambda: precond_optax.mbag(1e-3, decay=0.99),
+    'mbag, N': lambda: precond_optax.mbag(1e-3, root=False),
+    'mbag, blocks of 16': lambda: precond_optax.mbag(1e-3, block_size=16),
+    'mbag, bfloat16 matrices': lambda: precond_optax.mbag(1e-3, stats_dtype=jnp.bfloat16),
+    'block adam, blocks of 16': lambda: precond_optax.block_adam(1e-3, block_size=16),
+    'block adam, blocks of 16, every 10': lambda: precond_optax.block_adam(
+        1e-3, block_size=16, root_every=10
+    ),
     'shared, rank 8': lambda: _shared(rank=8),
     'shared, rank 16': lambda: _shared(rank=16),
     'shared, rank 32': lambda: _shared(rank=32),

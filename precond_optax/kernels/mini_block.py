@@ -171,7 +171,7 @@ def add_to_inverse(grad: jax.Array, factor: jax.Array) -> jax.Array:
 
     The product is symmetric and positive semidefinite whatever the rounding. H itself, updated by
     the formula on the right, loses that: in float32 after some thousand steps, where its
-    condition is 1e7 or more (`experiments/inverse_drift.py`).
+    condition is 1e7 or more (`experiments/mini_blocks.py`).
 
     Args:
       grad: g (..., tau).

@@ -1,6 +1,6 @@
-"""The tables of accuracy, sharding and matrix roots, on as little as they take."""
+"""The tables of accuracy, sharding, roots and mini-blocks, on as little as they take."""
 
-from experiments import accuracy, matrix_roots, sharding, workdir
+from experiments import accuracy, matrix_roots, mini_blocks, sharding, workdir
 from tests import test_sharding
 
 
@@ -72,3 +72,20 @@ def test_matrix_roots_tables(monkeypatch):
     assert all(row['largest'] < 1.001 for row in norms if row['norm'] != 'frobenius')
     text = matrix_roots.render(roots, times, precisions, norms)
     assert text.count('\n\n| ') == 6
+
+
+def test_mini_blocks_show_the_drift_and_the_roots(monkeypatch):
+    """The printed formula's inverse is no longer definite, and a nan is one in the table."""
+    monkeypatch.setattr(mini_blocks, 'SPREADS', ((10.0, 1e-5),))
+    monkeypatch.setattr(mini_blocks, 'CONDITIONS', (1e2, 1e8))
+    monkeypatch.setattr(mini_blocks, 'ROOT_STEPS', (5, 30))
+    drift, roots = mini_blocks.drift(3000), mini_blocks.root_errors()
+    assert [row['steps'] for row in drift] == [100, 1000, 3000]
+    assert drift[-1]['printed formula'][0] < 0
+    assert 0.9 < drift[-1]['factor'][0] < drift[-1]['factor'][1] < 1.1
+    few, enough, _, ill = roots
+    assert few['H^(1/2) from S'] > 0.1 > 1e-5 > enough['H^(1/2) from S']
+    assert ill['H^(1/2) from S'] < 1e-3
+    text = mini_blocks.render([*drift, drift[0] | {'factor': None}], roots)
+    assert 'not finite' in text
+    assert '| 1e+08     |                  30 |' in text
