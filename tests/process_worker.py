@@ -28,7 +28,7 @@ LAYOUTS = {
     'both': {'matrix': P('x', 'y'), '3d': P('x', None, 'y'), 'vector': P(('x', 'y'))},
     'turned': {'matrix': P('y', 'x'), '3d': P(None, 'y', 'x'), 'vector': P()},
 }
-METHODS = ('sonew', 'sonew_band_4', 'shared_basis')  # rows of `cases.py`
+METHODS = ('sonew', 'sonew_band_4', 'shared_basis', 'mbag', 'soaa')  # rows of `cases.py`
 BEFORE, AFTER = 3, 5  # steps before the checkpoint, and in all
 
 
