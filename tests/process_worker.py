@@ -20,7 +20,7 @@ from precond_optax import state_sharding
 from tests import cases
 from tests.compiled import bytes_by_device
 
-SHAPES = {'matrix': (16, 8), '3d': (8, 2, 8), 'vector': (8,)}
+SHAPES = {'matrix': (16, 8), '3d': (16, 2, 8), 'vector': (8,)}
 # Over a mesh (4, 2); with two processes 'x' crosses from one to the other.
 LAYOUTS = {
     'rows': {'matrix': P(('x', 'y')), '3d': P('x'), 'vector': P('x')},

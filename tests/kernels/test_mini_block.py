@@ -26,6 +26,7 @@ def test_groups_are_those_of_the_chain(shape, block_size, order, data):
     groups = blocks.split(index)
     assert groups.shape == (*blocks.batch, blocks.size)
     assert len(blocks.axes) == len(blocks.batch)
+    assert blocks.size == min(block_size, math.prod(shape[batch:]))
     np.testing.assert_array_equal(blocks.join(groups), index)
     found = [set(row[row > 0]) for row in np.asarray(groups).reshape(-1, blocks.size)]
     expected = [
