@@ -1,6 +1,6 @@
 """What float32 does to MBAG: the drift of its inverse over many steps, and the error of its roots.
 
-python -m experiments.mini_blocks [--steps=10000] [--workdir=DIR]
+python -m experiments.mini_blocks [--drift_steps=10000] [--workdir=DIR]
 
 The first table compares two ways to keep the inverse H = (damping I + sum g g^T)^-1 of mini-blocks
 of 32 entries: H by Sherman and Morrison's formula, made symmetric in each step, and the factor S
@@ -27,7 +27,7 @@ from experiments import main as main_lib
 from experiments import report, workdir
 from precond_optax.kernels import matrix_root, mini_block
 
-_STEPS = flags.DEFINE_integer('steps', 10_000, 'Of the drift.', lower_bound=1)
+_STEPS = flags.DEFINE_integer('drift_steps', 10_000, 'Of the drift.', lower_bound=1)
 
 SIZE, GROUPS, DAMPING = 32, 8, 0.01
 # Standard deviations of the gradients along their principal axes: the largest and the smallest.

@@ -28,7 +28,8 @@ class Case:
       floats: arguments that must be traced where hyperparameters are injected.
       momentum: the argument that is the decay of the mean of the gradients.
       spreads_nan: whether a NaN in one leaf is one in all: by sums over the whole tree.
-      variant: whether another row of the same factory is enough for Optax's own tests.
+      variant: whether another row of the factory is enough but for the generic checks, which are
+        slow tests then.
     """
 
     name: str
@@ -178,6 +179,6 @@ CASES = (
     ),
 )
 
-# The rows of Optax's own tests, one or two of each factory.
+# The rows of Optax's own tests and of meshes and checkpoints, one or two of each factory.
 TABLE = tuple(case for case in CASES if not case.variant)
 BY_NAME = {case.name: case for case in CASES}

@@ -71,7 +71,8 @@ def run(tx, params, steps=3, seed=0, jit=True):
 
 def extra_arguments_are_ignored(case: Case):
     tx, params = case.make(), random_tree(0)
-    tx.update(params, tx.init(params), params, value=1.0, no_such_argument=2)
+    update = functools.partial(tx.update, value=1.0, no_such_argument=2)
+    jax.eval_shape(update, params, tx.init(params), params)
 
 
 def no_recompilation_on_the_second_update(case: Case):
@@ -104,17 +105,17 @@ def state_is_a_scan_carry(case: Case):
                 updates, state = tx.update(params, state, params)
                 return (optax.apply_updates(params, updates), state), None
 
-            (_, scanned), _ = jax.lax.scan(step, (params, state), length=3)
+            scan = functools.partial(jax.lax.scan, step, length=3)
+            (_, scanned), _ = jax.eval_shape(scan, (params, state))
             assert types(scanned) == before
 
 
 def update_dtypes_are_the_gradients(case: Case):
     for dtype in (*DTYPES, 'float16'):
         with jax.enable_x64(dtype == 'float64'):
-            params = random_tree(0, dtype)
-            for jit in (True, False):
-                updates, _ = run(case.make(), params, jit=jit)
-                assert types(updates) == types(params)
+            params, tx = random_tree(0, dtype), case.make()
+            updates, _ = jax.eval_shape(tx.update, params, tx.init(params), params)
+            assert types(updates) == types(params)
 
 
 def mixed_dtypes_stay_apart(case: Case):
@@ -198,24 +199,24 @@ def multi_steps_is_one_step_on_the_mean(case: Case):
         if i < 3:
             assert all(not np.any(u) for u in jax.tree.leaves(updates))
     mean = jax.tree.map(lambda *g: sum(g) / 4, *grads)
-    assert_close(updates, tx.update(mean, tx.init(params), params)[0], rtol=1e-4, atol=1e-5)
+    expected, _ = jax.jit(tx.update)(mean, tx.init(params), params)
+    assert_close(updates, expected, rtol=1e-4, atol=1e-5)
 
 
 def masked_and_partitioned_leaves_are_left_alone(case: Case):
     params = {'ours': random_tree(0), 'others': {**random_tree(1), 'none': None}}
     tx, alone = case.make(), {'ours': params['ours']}  # the paths are the same
-    expected = tx.update(alone, tx.init(alone), alone)[0]['ours']
+    expected = jax.jit(tx.update)(alone, tx.init(alone), alone)[0]['ours']
     mask = {'ours': True, 'others': False}
     masked = optax.masked(case.make(), mask)
     split = optax.partition(
         {'a': case.make(), 'b': optax.set_to_zero()}, {'ours': 'a', 'others': 'b'}
     )
     for tx in (masked, split):
-        state = tx.init(params)
-        for update in (tx.update, jax.jit(tx.update)):
-            updates, _ = update(params, state, params)
-            assert_close(updates['ours'], expected, rtol=1e-4, atol=1e-5)
-    assert_equal(masked.update(params, masked.init(params), params)[0]['others'], params['others'])
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+        assert_close(updates['ours'], expected, rtol=1e-4, atol=1e-5)
+        if tx is masked:
+            assert_equal(updates['others'], params['others'])
 
 
 def chained_with_clipping(case: Case):
@@ -242,7 +243,7 @@ def nan_is_left_to_apply_if_finite(case: Case):
     assert int(after.total_notfinite) == 1
     # And without the wrapper it shows: a NaN in is a NaN out, in that leaf, or in all.
     bare = case.make()
-    updates, _ = bare.update(poisoned, bare.init(params), params)
+    updates, _ = jax.jit(bare.update)(poisoned, bare.init(params), params)
     assert not np.all(np.isfinite(updates['matrix']))
     shown = np.isnan if case.spreads_nan else np.isfinite
     assert np.all(shown(updates['vector']))
@@ -262,8 +263,9 @@ def one_huge_entry_is_finite(case: Case):
     params = random_tree(0)
     grads = {**params, 'matrix': params['matrix'].at[2, 1].set(1e15)}
     tx = case.make()
-    first, state = tx.update(grads, tx.init(params), params)
-    second, state = tx.update(params, state, params)
+    update = jax.jit(tx.update)
+    first, state = update(grads, tx.init(params), params)
+    second, state = update(params, state, params)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((first, second, state)))
 
 
@@ -336,9 +338,9 @@ def vmap_over_models_equals_the_loop(case: Case):
     stack = jax.tree.map(lambda *x: jnp.stack(x), *models)
     tx = case.make()
     states = jax.vmap(tx.init)(stack)
-    updates, _ = jax.vmap(tx.update)(stack, states, stack)
+    updates, _ = jax.jit(jax.vmap(tx.update))(stack, states, stack)
     for i, model in enumerate(models):
-        expected, _ = tx.update(model, tx.init(model), model)
+        expected, _ = jax.jit(tx.update)(model, tx.init(model), model)
         assert_close(jax.tree.map(lambda u, i=i: u[i], updates), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -358,7 +360,7 @@ def pmap_equals_one_device(case: Case):
     replicate = functools.partial(jax.tree.map, lambda x: jnp.stack([x] * count))
     updates, _ = step(stack, replicate(tx.init(params)), replicate(params))
     mean = jax.tree.map(lambda x: x.mean(0), stack)
-    expected, _ = tx.update(mean, tx.init(params), params)
+    expected, _ = jax.jit(tx.update)(mean, tx.init(params), params)
     assert_close(jax.tree.map(lambda u: u[3], updates), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -408,7 +410,6 @@ def sharded_leaves_keep_their_sharding(case: Case):
     shapes = {'matrix': (16, 8), '3d': (8, 2, 8), 'vector': (8,)}
     specs = (
         {'matrix': P('x', None), '3d': P('x', None, 'y'), 'vector': P('x')},
-        {'matrix': P(None, 'x'), '3d': P(None, None, 'x'), 'vector': P()},
         {'matrix': P('x', 'y'), '3d': P('y', None, 'x'), 'vector': P(('x', 'y'))},
     )
     tx, whole = case.make(), random_tree(0, shapes=shapes)

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests import cases, checks
 
+CASES = (*cases.TABLE, cases.BY_NAME['sonew_bfloat16_stats'])
 SHAPES = {'matrix': (16, 8), '3d': (8, 2, 8), 'vector': (8,)}
 
 
@@ -26,7 +27,7 @@ def shard(tree, count):
     return jax.tree.map(place, tree)
 
 
-@pytest.mark.parametrize('case', cases.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize('counts', [(8, 2), (1, 8)])
 def test_round_trip_on_another_device_count(case, counts, tmp_path):
     before, after = counts

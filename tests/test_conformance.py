@@ -1,4 +1,4 @@
-"""Every generic check on every row, and every check on a row broken on purpose."""
+"""Every generic check on every row (on variants with the slow tests), and on one that is broken."""
 
 import dataclasses
 
@@ -13,7 +13,13 @@ from tests import cases, checks
 CHECKS = {check.__name__: check for check in checks.ALL}
 
 
-@pytest.mark.parametrize('case', cases.CASES, ids=lambda case: case.name)
+ROWS = [
+    pytest.param(case, marks=pytest.mark.slow if case.variant else (), id=case.name)
+    for case in cases.CASES
+]
+
+
+@pytest.mark.parametrize('case', ROWS)
 @pytest.mark.parametrize('check', CHECKS.values(), ids=CHECKS.keys())
 def test_check(check, case):
     check(case)

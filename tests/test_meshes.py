@@ -17,7 +17,7 @@ from tests import cases, checks
 
 SHAPES = {'matrix': (16, 8), '3d': (8, 2, 8), 'vector': (8,)}
 STEPS = 3
-CASES = [case for case in cases.CASES if case.layout]
+CASES = [case for case in cases.TABLE if case.layout]
 
 every_case = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 
