@@ -1,4 +1,4 @@
-"""Every generic check on every row (on variants with the slow tests), and on one that is broken."""
+"""Every generic check on every row, slow for variants, and on a row broken on purpose."""
 
 import dataclasses
 
