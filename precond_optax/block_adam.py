@@ -203,7 +203,7 @@ def _step(
         return roots, jnp.sum(failed, dtype=jnp.float32)
 
     if kept:
-        now = (count == 1) | ((count - 1) % how.root_every == turn)
+        now = leafwise.is_turn(count, how.root_every, turn)
         none = jnp.zeros([], jnp.float32)
         roots, failed = jax.lax.cond(now, fresh, lambda: (kept[0], none))
     else:

@@ -131,6 +131,16 @@ def staggered(costs: Sequence[float], every: int) -> list[int]:
     return turns
 
 
+def is_turn(count: jax.Array, every: int, turn: jax.Array) -> jax.Array:
+    """Whether a leaf does in this step what is not done in each: in the first one, all do.
+
+    Example:
+      >>> [bool(is_turn(count, every=3, turn=1)) for count in range(1, 7)]
+      [True, True, False, False, True, False]
+    """
+    return (count == 1) | ((count - 1) % every == turn)
+
+
 def leafwise(
     state_type: type,
     init_leaf: Callable[[Any, LeafLayout], Fields],

@@ -93,6 +93,7 @@ def scale_by_mbag(  # noqa: D417 (its arguments are those of `mbag`)
     grafting.check(graft)
     layout_lib.check(layout)
     in_use = 'factor' if decay is None else 'second_moment'
+    keeps_root = root or decay is not None  # the inverse of a mean is its inverse root twice
 
     def blocks_of(facts: LeafLayout) -> mini_block.Blocks | None:
         """How the leaf is cut; None where its blocks have one entry."""
@@ -121,9 +122,6 @@ def scale_by_mbag(  # noqa: D417 (its arguments are those of `mbag`)
         if keeps_root:
             fields['root'] = placement.zeros(leaf, shape, stored, axes)
         return fields
-
-    # The inverse of a mean is its inverse root twice.
-    keeps_root = root or decay is not None
 
     def one_entry(grad: jax.Array, held: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The direction and the statistics of a leaf with blocks of one entry."""
@@ -249,7 +247,7 @@ def _step(
     if how.root_every == 1:
         roots, failed = fresh()
     else:
-        now = (count == 1) | ((count - 1) % how.root_every == turn)
+        now = leafwise.is_turn(count, how.root_every, turn)
         roots, failed = jax.lax.cond(now, fresh, lambda: (kept[0], none))
     direction = mini_block.apply(roots, groups)
     if not how.root:

@@ -321,7 +321,7 @@ def _step_of_one(
     if how.update_every == 1:
         *new, failed = refreshed()
     else:
-        now = (count == 1) | ((count - 1) % how.update_every == turn)
+        now = leafwise.is_turn(count, how.update_every, turn)
         *new, failed = jax.lax.cond(now, refreshed, accumulated)
     direction = kernel.apply(grad, *new, eps=eps)
     new_basis, new_coefficients, new_residual, new_root = new

@@ -410,6 +410,7 @@ def sharded_leaves_keep_their_sharding(case: Case):
     shapes = {'matrix': (16, 8), '3d': (8, 2, 8), 'vector': (8,)}
     specs = (
         {'matrix': P('x', None), '3d': P('x', None, 'y'), 'vector': P('x')},
+        {'matrix': P(None, 'x'), '3d': P(None, None, 'x'), 'vector': P()},
         {'matrix': P('x', 'y'), '3d': P('y', None, 'x'), 'vector': P(('x', 'y'))},
     )
     tx, whole = case.make(), random_tree(0, shapes=shapes)

@@ -6,7 +6,7 @@ axis, ``(..., tau * tau)``: the groups of a leaf are one batch. A batch axis of 
 each axis of the leaf that no group spans, so that a leaf that is sharded along it needs no gather.
 
 Matrices are flat because a TPU pads the last axis to 128, and stay so in all that is elementwise:
-on a CPU a loop that reads them flat and writes them square, or the reverse, is ten times slower.
+on a CPU a loop that reads them flat and writes them square, or the reverse, divides each index.
 """
 
 import dataclasses
