@@ -28,7 +28,7 @@ from absl import flags
 
 import precond_optax
 from experiments import main as main_lib
-from experiments import optimizers, report, tasks, train, workdir
+from experiments import optimizers, program, report, tasks, workdir
 
 _LAYERS = flags.DEFINE_list('layers', ['dense_0', 'dense_2', 'dense_3', 'dense_6'], 'Which ones.')
 _WARMUP = flags.DEFINE_integer('warmup', 100, 'Steps before the first that counts.', lower_bound=0)
@@ -67,8 +67,8 @@ def gradients(
     params = task.init(jax.random.fold_in(jax.random.key(seed), 0))
     if unknown := [layer for layer in layers if layer not in params]:
         raise ValueError(f'--layers: {unknown} not among {sorted(params)}.')
-    carry = train.Carry(params, tx.init(params), jnp.zeros([], jnp.int32))
-    segment = train.make_segment(task, tx, seed)
+    carry = program.Carry(params, tx.init(params), jnp.zeros([], jnp.int32))
+    segment = program.make_segment(task, program.make_step(task, tx), seed)
     kept = {k: np.empty((steps, *x.shape), np.float32) for k, x in kernels(params).items()}
     losses = []
     if warmup:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import optax
 import optax.contrib
 
@@ -18,6 +19,7 @@ FACTORIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     'mbag': precond_optax.mbag,
     'muon': optax.contrib.muon,
     'rmsprop': optax.rmsprop,
+    'schedule_free_adamw': optax.contrib.schedule_free_adamw,
     'sgd': optax.sgd,
     'shared_basis': precond_optax.shared_basis,
     'soaa': precond_optax.soaa,
@@ -26,14 +28,16 @@ FACTORIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def make(
-    config: Mapping[str, Any], schedule: Callable[[float], optax.Schedule], num_steps: int
+    config: Mapping[str, Any], schedule: Callable[..., optax.Schedule], num_steps: int
 ) -> optax.GradientTransformation:
     """The optimizer that a config describes.
 
     Args:
-      config: ``name``, ``learning_rate`` (the peak), and the factory's other keywords. A
-        ``total_steps`` that is there and None is the run's.
-      schedule: the task's schedule of the learning rate, from its peak.
+      config: ``name``, ``learning_rate`` (the peak), and the factory's other keywords, floats of
+        which may be traced. A ``total_steps`` that is there and None is the run's; with
+        ``anneal=False`` the learning rate stays at its peak after the warm-up; a ``search_space``
+        is for the sweep.
+      schedule: the task's schedule of the learning rate, from its peak; takes ``anneal=False``.
       num_steps: the steps of the whole run.
 
     Returns:
@@ -42,17 +46,32 @@ def make(
     Raises:
       ValueError: if the name or a keyword is unknown, or the learning rate is no number >= 0.
     """
-    arguments = dict(config)
+    arguments = without_search_space(config)
     name = arguments.pop('name', None)
     if name not in FACTORIES:
         raise ValueError(f'optimizer.name must be one of {sorted(FACTORIES)}, got {name!r}.')
     peak = arguments.pop('learning_rate', None)
     is_number = isinstance(peak, float | int) and not isinstance(peak, bool)
-    if not is_number or not 0 <= peak < math.inf:
+    if not isinstance(peak, jax.core.Tracer) and (not is_number or not 0 <= peak < math.inf):
         raise ValueError(f'optimizer.learning_rate must be a number >= 0, got {peak!r}.')
+    keywords = {} if arguments.pop('anneal', True) else {'anneal': False}
     if arguments.get('total_steps', num_steps) is None:
         arguments['total_steps'] = num_steps
     try:
-        return FACTORIES[name](learning_rate=schedule(peak), **arguments)
+        return FACTORIES[name](learning_rate=schedule(peak, **keywords), **arguments)
     except TypeError as error:
         raise ValueError(f'optimizer {name!r} does not take these keywords: {error}.') from error
+
+
+def without_search_space(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what only the sweep reads."""
+    return {name: value for name, value in config.items() if name != 'search_space'}
+
+
+def evaluated(state: optax.OptState, params: optax.Params) -> optax.Params:
+    """The parameters to evaluate: a schedule-free optimizer's are not those that it trains."""
+    kind = optax.contrib.ScheduleFreeState
+    for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind)):
+        if isinstance(node, kind):
+            return optax.contrib.schedule_free_eval_params(node, params)
+    return params

@@ -169,24 +169,23 @@ def report(folders: Sequence[str], output: str) -> str:
     header, rows = table(runs)
     base = pathlib.Path(output)
     base.parent.mkdir(parents=True, exist_ok=True)
-    environments = {
-        json.dumps(environment, sort_keys=True)
-        for run in runs
-        for environment in (run.config['environment'], *run.config.get('resumed_in', ()))
-    }
-    text = (
-        markdown(header, rows)
-        + '\n\n'
-        + '\n'.join(
-            _environment_line(json.loads(environment)) for environment in sorted(environments)
-        )
-    )
+    text = markdown(header, rows) + '\n\n' + environment_lines(runs)
     base.with_name(base.name + '.md').write_text(text + '\n')
     content = [{'label': run.label, 'config': run.config, 'summary': run.summary} for run in runs]
     workdir.write_json(base.with_name(base.name + '.json'), content)
     image = base.with_name(base.name + '.png')
     plot(runs, image)
     return f'{text}\n\nplot: {image}'
+
+
+def environment_lines(runs: Sequence[Run]) -> str:
+    """A line for each machine, set of versions and commit that any of the runs had."""
+    environments = {
+        json.dumps(environment, sort_keys=True)
+        for run in runs
+        for environment in (run.config['environment'], *run.config.get('resumed_in', ()))
+    }
+    return '\n'.join(_environment_line(json.loads(each)) for each in sorted(environments))
 
 
 def _environment_line(environment: dict[str, Any]) -> str:

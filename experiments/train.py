@@ -1,66 +1,27 @@
-"""The training loop: ``train_and_evaluate``, which is ``prepare`` and ``train``."""
+"""The training loop: ``train_and_evaluate``, which is ``prepare`` and ``train``.
 
+``train_together`` is the same for several runs that differ in hyperparameters alone: one program
+takes a step of all.
+"""
+
+import contextlib
 import dataclasses
-import functools
 import math
 import pathlib
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import tqdm
 
 from experiments import optimizers, tasks
+from experiments import program as program_lib
 from experiments import workdir as workdir_lib
 
 # What an optimizer's state may tell of the run as a whole; logged where it does.
 TOLD = ('trust_region', 'predicted_reduction', 'loss_average')
-
-
-class Carry(NamedTuple):
-    """What a run needs to go on, and all that a checkpoint holds besides the clock."""
-
-    params: Any
-    opt_state: Any
-    step: jax.Array  # shape=(), dtype=int32: steps taken
-
-
-def make_segment(task: tasks.Task, tx: optax.GradientTransformation, seed: int) -> Any:
-    """A function of (carry, data, length) that takes ``length`` steps in one compiled scan.
-
-    The order of the examples depends on the seed and the epoch only, never on where the run was
-    cut into segments: so a resumed run sees the same batches.
-    """
-    tx = optax.with_extra_args_support(tx)  # those that take no loss are not given it
-    per_epoch, size = task.steps_per_epoch, task.batch_size
-    order_key = jax.random.fold_in(jax.random.key(seed), 1)
-
-    def order_of(epoch: jax.Array) -> jax.Array:
-        return jax.random.permutation(jax.random.fold_in(order_key, epoch), task.num_train)
-
-    def step(data: Any, scanned: tuple[Carry, jax.Array], _: None) -> Any:
-        (params, opt_state, count), order = scanned
-        index = count % per_epoch
-        order = jax.lax.cond(index == 0, lambda: order_of(count // per_epoch), lambda: order)
-        rows = jax.lax.dynamic_slice_in_dim(order, index * size, size)
-        batch = jax.tree.map(lambda x: x[rows], data)
-        loss, grads = jax.value_and_grad(task.loss)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params, value=loss)
-        params = optax.apply_updates(params, updates)
-        return (Carry(params, opt_state, count + 1), order), loss
-
-    @functools.partial(jax.jit, static_argnames='length', donate_argnames='carry')
-    def segment(carry: Carry, data: Any, length: int) -> tuple[Carry, jax.Array]:
-        order = order_of(carry.step // per_epoch)
-        (carry, _), losses = jax.lax.scan(
-            functools.partial(step, data), (carry, order), length=length
-        )
-        return carry, losses
-
-    return segment
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -80,15 +41,8 @@ class Experiment:
 
     task: tasks.Task
     config: Mapping[str, Any]  # the task's
-    tx: optax.GradientTransformation
-    learning_rate: optax.Schedule
+    optimizer_config: Mapping[str, Any]
     run: workdir_lib.Workdir
-
-    def initial(self) -> Carry:
-        """Parameters and state before the first step."""
-        key = jax.random.fold_in(jax.random.key(self.config['seed']), 0)
-        params = self.task.init(key)
-        return Carry(params, self.tx.init(params), jnp.zeros([], jnp.int32))
 
 
 def prepare(
@@ -103,78 +57,185 @@ def prepare(
       ValueError: for a wrong configuration, or a workdir that holds another one.
       FileNotFoundError: for missing data.
     """
+    task = check(task_config, optimizer_config, data_dir)
+    optimizer_config = optimizers.without_search_space(optimizer_config)
+    run = workdir_lib.Workdir(workdir, task_config, optimizer_config)
+    return Experiment(task, task_config, optimizer_config, run)
+
+
+def check(
+    task_config: Mapping[str, Any],
+    optimizer_config: Mapping[str, Any],
+    data_dir: str | None = None,
+) -> tasks.Task:
+    """The task, if a run could start; raises what ``prepare`` raises, and writes nothing."""
     _check(task_config)
     task = tasks.make(task_config, data_dir)
-    inner = optimizers.make(optimizer_config, task.schedule, task.num_steps)
-    tx = optax.apply_if_finite(inner, task_config['max_consecutive_errors'])
-    schedule = task.schedule(optimizer_config['learning_rate'])
-    jax.eval_shape(lambda key: tx.init(task.init(key)), jax.random.key(0))
-    run = workdir_lib.Workdir(workdir, task_config, optimizer_config)
-    return Experiment(task, task_config, tx, schedule, run)
+    jax.eval_shape(program_lib.single(task, task_config, optimizer_config).initial)
+    return task
+
+
+def metrics(task: tasks.Task) -> list[str]:
+    """The names of what a task reports at the end."""
+    reported = jax.eval_shape(lambda key: task.evaluate(task.init(key)), jax.random.key(0))
+    return sorted(reported)
 
 
 def train(
     experiment: Experiment, *, progress: bool = True, stop_after: int | None = None
 ) -> dict[str, Any]:
     """Runs what ``prepare`` made, from its last checkpoint on, and closes its workdir."""
-    task, run, config = experiment.task, experiment.run, experiment.config
-    learning_rate = jax.jit(experiment.learning_rate)
+    return train_together([experiment], progress=progress, stop_after=stop_after)[0]
+
+
+def train_together(
+    experiments: Sequence[Experiment], *, progress: bool = True, stop_after: int | None = None
+) -> list[dict[str, Any]]:
+    """Runs several in one program, from their last checkpoints on, and closes their workdirs.
+
+    Args:
+      experiments: one or more, of one task, that differ in floats of the optimizer's config.
+      progress: as in ``train_and_evaluate``.
+      stop_after: likewise.
+
+    Returns:
+      Their summaries, each as if it had been run alone, up to rounding. ``seconds`` are a run's
+      share of the time of all.
+
+    Raises:
+      ValueError: if they are not at the same step.
+    """
+    task, config, count = experiments[0].task, experiments[0].config, len(experiments)
+    runs = [experiment.run for experiment in experiments]
     log_every, total = config['log_every'], task.num_steps
-    save_every = math.ceil(config['checkpoint_every_epochs'] * task.steps_per_epoch / log_every)
-    with run:
-        if (finished := run.summary()) is not None:
+    save_every = _save_interval(task, config)
+    with contextlib.ExitStack() as opened:
+        for run in runs:
+            opened.enter_context(run)
+        finished = [summary for run in runs if (summary := run.summary()) is not None]
+        if len(finished) == count:
             return finished
-        carry, seconds = run.restore(jax.eval_shape(experiment.initial))
-        if carry is None:
-            carry = jax.jit(experiment.initial)()
-        step = int(carry.step)
-        run.truncate_metrics(step)
+        program, carry, step, clocks = _resume(experiments)
         lengths = [min(log_every, total - at) for at in range(step, total, log_every)]
-        segment = make_segment(task, experiment.tx, config['seed'])
+        segment = program_lib.make_segment(task, program.step, config['seed'])
         clock = time.perf_counter()
         compiled = {
             length: segment.lower(carry, task.train_data, length=length).compile()
             for length in set(lengths)
         }
         compile_seconds = time.perf_counter() - clock
+        rates = [jax.jit(task.schedule(e.optimizer_config['learning_rate'])) for e in experiments]
 
         with tqdm.tqdm(total=total, initial=step, unit='step', disable=not progress) as bar:
             for length in lengths:
                 clock = time.perf_counter()
                 carry, losses = compiled[length](carry, task.train_data)
                 losses = jax.device_get(losses)  # the one synchronisation of the segment
-                seconds += time.perf_counter() - clock
+                spent = (time.perf_counter() - clock) / count
+                clocks = [seconds + spent for seconds in clocks]
                 step += length
-                row = {
-                    'step': step,
-                    'epoch': step / task.steps_per_epoch,
-                    'seconds': seconds,
-                    'loss': float(losses.mean()),
-                    'last_loss': float(losses[-1]),
-                    'learning_rate': float(learning_rate(step - 1)),
-                    'notfinite': int(carry.opt_state.total_notfinite),
-                    **told(carry.opt_state),
-                }
-                run.log(row)
+                numbers = told(carry.opt_state, count)
+                for i, run in enumerate(runs):
+                    own = losses.reshape(length, count)[:, i]
+                    row = {
+                        'step': step,
+                        'epoch': step / task.steps_per_epoch,
+                        'seconds': clocks[i],
+                        'loss': float(own.mean()),
+                        'last_loss': float(own[-1]),
+                        'learning_rate': float(rates[i](step - 1)),
+                    }
+                    run.log(row | numbers[i])
                 bar.update(length)
-                bar.set_postfix(loss=f'{row["loss"]:.3f}', notfinite=row['notfinite'])
-                if step % (save_every * log_every) == 0 or step == total:
-                    run.save(step, carry, seconds)
+                skipped = sum(own['notfinite'] for own in numbers)
+                bar.set_postfix(loss=f'{losses.mean():.3f}', notfinite=skipped)
+                if step % save_every == 0 or step == total:
+                    for run, part, seconds in zip(runs, program.split(carry), clocks, strict=True):
+                        run.save(step, part, seconds)
                 if stop_after is not None and stop_after <= step < total:
-                    return {'step': step}
-        metrics = {k: float(v) for k, v in task.evaluate(carry.params).items()}
-        return run.finish(
-            {
-                **metrics,
-                'steps': total,
-                'seconds': seconds,
-                'compile_seconds': compile_seconds,
-                'steps_per_second': total / seconds,
-                'num_params': sum(x.size for x in jax.tree.leaves(carry.params)),
-                'state_bytes': _optimizer_bytes(carry.opt_state),
-                'notfinite': int(carry.opt_state.total_notfinite),
-            }
-        )
+                    return [{'step': step}] * count
+        compilation = {
+            'compile_seconds': compile_seconds,
+            'program_bytes': max(map(program_lib.memory, compiled.values()), default=0),
+        }
+        ends = zip(runs, program.split(carry), clocks, strict=True)
+        return [
+            run.finish(_summary(task, part, seconds) | compilation) for run, part, seconds in ends
+        ]
+
+
+def _save_interval(task: tasks.Task, config: Mapping[str, Any]) -> int:
+    """Steps between two checkpoints: whole segments."""
+    log_every = config['log_every']
+    steps = config['checkpoint_every_epochs'] * task.steps_per_epoch
+    return math.ceil(steps / log_every) * log_every
+
+
+def checkpoint_at(experiment: Experiment, part: float) -> int:
+    """The first step with a checkpoint at or after a part of the run."""
+    every = _save_interval(experiment.task, experiment.config)
+    return math.ceil(part * experiment.task.num_steps / every) * every
+
+
+def kinship(experiment: Experiment) -> str:
+    """The same for runs that ``train_together`` takes: all but floats, and where they are."""
+    config = experiment.optimizer_config
+    others = {name: value for name, value in config.items() if not isinstance(value, float)}
+    return repr((sorted(others.items()), sorted(config), experiment.run.latest_step()))
+
+
+def room(experiment: Experiment) -> int:
+    """For how many runs like this the device has memory; 1 on CPUs, where more gain nothing."""
+    device = jax.devices()[0]
+    stats = device.memory_stats()
+    if device.platform == 'cpu' or not stats:
+        return 1
+    task, config = experiment.task, experiment.config
+    program = program_lib.single(task, config, experiment.optimizer_config)
+    segment = program_lib.make_segment(task, program.step, config['seed'])
+    carry = jax.eval_shape(program.initial)
+    compiled = segment.lower(carry, task.train_data, length=1).compile()
+    data = sum(x.nbytes for x in jax.tree.leaves(task.train_data))
+    each = program_lib.memory(compiled) - data
+    return max(1, int((0.8 * stats['bytes_limit'] - data) // max(each, 1)))
+
+
+def _resume(
+    experiments: Sequence[Experiment],
+) -> tuple[program_lib.Program, program_lib.Carry, int, list[float]]:
+    """The program, and where its runs are: the carry, the steps taken and the runs' seconds."""
+    task, config = experiments[0].task, experiments[0].config
+    alone = program_lib.single(task, config, experiments[0].optimizer_config)
+    program = alone
+    if len(experiments) > 1:
+        configs = [experiment.optimizer_config for experiment in experiments]
+        program = program_lib.together(task, config, configs)
+    shapes = jax.eval_shape(alone.initial)
+    restored = [experiment.run.restore(shapes) for experiment in experiments]
+    carries = [carry for carry, _ in restored if carry is not None]
+    steps = {int(carry.step) for carry in carries}
+    if carries and (len(steps) > 1 or len(carries) < len(restored)):
+        raise ValueError(f'runs go on together from one step; they are at {sorted(steps)}.')
+    carry = program.stack(carries) if carries else jax.jit(program.initial)()
+    step = int(carry.step)
+    for experiment in experiments:
+        experiment.run.truncate_metrics(step)
+    return program, carry, step, [seconds for _, seconds in restored]
+
+
+def _summary(task: tasks.Task, carry: program_lib.Carry, seconds: float) -> dict[str, Any]:
+    """What is said of a run that is through."""
+    metrics = task.evaluate(optimizers.evaluated(carry.opt_state, carry.params))
+    return {
+        **{name: float(value) for name, value in metrics.items()},
+        'steps': task.num_steps,
+        'seconds': seconds,
+        'steps_per_second': task.num_steps / seconds,
+        'num_params': sum(x.size for x in jax.tree.leaves(carry.params)),
+        # Without the counters of the wrapper.
+        'state_bytes': sum(x.nbytes for x in jax.tree.leaves(carry.opt_state.inner_state)),
+        'notfinite': int(carry.opt_state.total_notfinite),
+    }
 
 
 def train_and_evaluate(
@@ -195,7 +256,8 @@ def train_and_evaluate(
         A second call with the same configuration resumes from the last checkpoint, bit for bit.
       data_dir: where the data set lies; not part of the configuration.
       progress: whether to draw a bar.
-      stop_after: stop, without a summary, once this many steps are logged. For tests.
+      stop_after: stop, without a summary, once this many steps are logged; what came after the
+        last checkpoint is run again by the next call.
 
     Returns:
       The summary, as in ``summary.json``.
@@ -208,16 +270,17 @@ def train_and_evaluate(
     return train(experiment, progress=progress, stop_after=stop_after)
 
 
-def told(state: optax.OptState) -> dict[str, float]:
-    """The numbers of `TOLD` that are in a state, by their fields' names.
+def told(state: optax.ApplyIfFiniteState, count: int) -> list[dict[str, float]]:
+    """The numbers of `TOLD` that are in a state, by their fields' names, for each of its runs.
 
     Found wherever they are, so the loop needs to know neither the methods nor how an alias or a
     wrapper nests their states.
     """
     found = {name: optax.tree.get(state, name) for name in TOLD}
-    return {name: float(number) for name, number in found.items() if number is not None}
-
-
-def _optimizer_bytes(state: optax.ApplyIfFiniteState) -> int:
-    """Bytes of the optimizer's state, without the wrapper's counters."""
-    return sum(x.nbytes for x in jax.tree.leaves(state.inner_state))
+    found = {name: number for name, number in found.items() if number is not None}
+    rows = {name: number.reshape(count) for name, number in jax.device_get(found).items()}
+    skipped = jax.device_get(state.total_notfinite).reshape(count)
+    return [
+        {'notfinite': int(skipped[i]), **{name: float(row[i]) for name, row in rows.items()}}
+        for i in range(count)
+    ]

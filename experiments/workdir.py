@@ -124,7 +124,7 @@ class Workdir:
     def truncate_metrics(self, step: int) -> None:
         """Drops log lines after ``step``: what was logged after the checkpoint is run again."""
         kept = [json.dumps(row) + '\n' for row in read_metrics(self.path) if row['step'] <= step]
-        _write_text(self.path / 'metrics.jsonl', ''.join(kept))
+        write_text(self.path / 'metrics.jsonl', ''.join(kept))
 
     def save(self, step: int, carry: Any, seconds: float) -> None:
         """Saves a checkpoint; on the disk when this returns."""
@@ -134,6 +134,10 @@ class Workdir:
                 carry=ocp.args.StandardSave(carry), clock=ocp.args.JsonSave({'seconds': seconds})
             ),
         )
+
+    def latest_step(self) -> int:
+        """The step of the last checkpoint, 0 if there is none."""
+        return self._manager.latest_step() or 0
 
     def restore(self, like: Any) -> tuple[Any | None, float]:
         """The last checkpoint and its clock in seconds; ``(None, 0.0)`` if there is none."""
@@ -173,7 +177,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def write_json(file: pathlib.Path, content: Any) -> None:
     """Writes strict JSON, whole or not at all; numbers that are not finite become null."""
-    _write_text(file, json.dumps(_finite(content), indent=2) + '\n')
+    write_text(file, json.dumps(_finite(content), indent=2) + '\n')
 
 
 def save_tables(folder: str | None, name: str, content: dict[str, Any], text: str) -> None:
@@ -183,7 +187,7 @@ def save_tables(folder: str | None, name: str, content: dict[str, Any], text: st
         path = pathlib.Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / f'{name}.json', {'environment': environment(), **content})
-        _write_text(path / f'{name}.md', text + '\n')
+        write_text(path / f'{name}.md', text + '\n')
 
 
 def _finite(content: Any) -> Any:
@@ -194,8 +198,8 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _write_text(file: pathlib.Path, text: str) -> None:
-    """Whole or not at all: a kill leaves the old file or the new one."""
+def write_text(file: pathlib.Path, text: str) -> None:
+    """Writes text, whole or not at all: a kill leaves the old file or the new one."""
     partial = file.with_suffix(file.suffix + '.partial')
     partial.write_text(text)
     os.replace(partial, file)

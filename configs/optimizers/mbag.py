@@ -21,5 +21,10 @@ def get_config() -> config_dict.ConfigDict:
             stats_dtype=config_dict.placeholder(str),
             stochastic_rounding=True,
             weight_decay=0.0,
+            search_space=dict(
+                learning_rate=dict(low=1e-4, high=3e-3),
+                momentum=dict(low=0.02, high=0.2, one_minus=True),
+                damping=dict(low=1e-4, high=1e-1),
+            ),
         )
     )

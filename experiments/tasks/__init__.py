@@ -21,7 +21,8 @@ class Task:
       epochs: passes over the data, each in its own order, the remainder dropped.
       init: from a key, the parameters.
       loss: from the parameters and a batch, the loss to be minimised, a scalar.
-      schedule: from the peak learning rate, the learning rate by step.
+      schedule: from the peak learning rate, the learning rate by step; with ``anneal=False`` it
+        stays at its peak after the warm-up.
       evaluate: from the parameters, the reported metrics; jitted by the task.
     """
 
@@ -30,7 +31,7 @@ class Task:
     epochs: int
     init: Callable[[jax.Array], Any]
     loss: Callable[[Any, Any], jax.Array]
-    schedule: Callable[[float], optax.Schedule]
+    schedule: Callable[..., optax.Schedule]
     evaluate: Callable[[Any], dict[str, jax.Array]]
 
     @property

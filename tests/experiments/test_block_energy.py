@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import block_energy, tasks
-from tests.experiments.test_drivers import small_task
+from tests.experiments.small import small_task
 
 STEPS, INPUTS, OUTPUTS = 6, 5, 4
 

@@ -1,11 +1,9 @@
 """The drivers: every task with every optimizer, kill and resume, wrong input."""
 
 import dataclasses
-import importlib
 import inspect
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -19,35 +17,18 @@ import pytest
 from absl import flags
 
 import precond_optax
-from experiments import benchmark, optimizers, report, sweep, train
+from experiments import benchmark, optimizers, report, train
 from experiments import tasks as tasks_lib
 from experiments import workdir as workdir_lib
-
-ROOT = pathlib.Path(__file__).parents[2]
-TASKS = sorted(f.stem for f in (ROOT / 'configs/tasks').glob('[a-z]*.py'))
-OPTIMIZERS = sorted(f.stem for f in (ROOT / 'configs/optimizers').glob('[a-z]*.py'))
-
-
-def config_of(kind, name):
-    return importlib.import_module(f'configs.{kind}.{name}').get_config()
-
-
-def small_task(config='autoencoder', **changes):
-    """A task's config shrunk to two steps on synthetic data."""
-    task = config_of('tasks', config)
-    task.update(
-        source='synthetic', hidden=(8, 3, 8), batch_size=64, epochs=2, warmup_epochs=1, log_every=1
-    )
-    task.update(changes)
-    return task
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
-def without_clock(rows):
-    return [{k: v for k, v in row.items() if 'second' not in k} for row in rows]
+from tests.experiments.small import (
+    OPTIMIZERS,
+    ROOT,
+    TASKS,
+    config_of,
+    lines,
+    small_task,
+    without_clock,
+)
 
 
 def main(*arguments, module='main', **keywords):
@@ -315,9 +296,10 @@ def test_workdir_with_other_things(tmp_path):
 def test_config_has_all_arguments(optimizer):
     parameters = inspect.signature(optimizers.FACTORIES[optimizer]).parameters
     config = config_of('optimizers', optimizer)
-    assert set(config) == set(parameters) - {'layout', 'mask'} | {'name'}
+    ours = {'name', 'search_space'}
+    assert set(config) == set(parameters) - {'layout', 'mask'} | ours
     for name, value in config.items():
-        if name not in ('name', 'learning_rate', 'total_steps'):
+        if name not in ours | {'learning_rate', 'total_steps'}:
             assert value == parameters[name].default, name
 
 
@@ -381,53 +363,6 @@ def test_drivers_need_only_what_they_use(tmp_path):
     environment = {**os.environ, 'PYTHONPATH': f'{tmp_path}:{os.environ.get("PYTHONPATH", "")}'}
     done = main(*flags_for(tmp_path / 'run', '--task.epochs=5'), env=environment)
     assert done.returncode == 0, done.stderr
-
-
-def test_sweep_is_resumed_and_sorted(tmp_path):
-    search = config_of('searches', 'learning_rate')
-    arguments = (small_task(), config_of('optimizers', 'adam'), search, tmp_path)
-    trials = sweep.sweep(*arguments)
-    assert len(trials) == 4
-    assert {t['hyperparameters']['learning_rate'] for t in trials} == {1e-3, 2e-3, 3e-3, 5e-3}
-    assert [t['metric'] for t in trials] == sorted(t['metric'] for t in trials)
-    stamps = {f: f.stat().st_mtime_ns for f in tmp_path.glob('*/summary.json')}
-    assert sweep.sweep(*arguments) == trials
-    assert {f: f.stat().st_mtime_ns for f in tmp_path.glob('*/summary.json')} == stamps
-
-
-def test_random_search_stays_in_its_space(tmp_path):
-    search = config_of('searches', 'paper_random')
-    search.trials = 3
-    trials = sweep.sweep(small_task(), config_of('optimizers', 'sonew'), search, tmp_path)
-    assert len({json.dumps(t['hyperparameters']) for t in trials}) == 3
-    for name, axis in search.space.items():
-        for trial in trials:
-            value = trial['hyperparameters'][name]
-            assert axis.low <= (1 - value if axis.get('one_minus') else value) <= axis.high
-
-
-@pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        (dict(sampler='bayes'), "search.sampler must be 'grid' or 'random'|needs low and high"),
-        (dict(sampler='random'), r'search.space.b2 needs low and high'),
-        (
-            dict(metric='train_los'),
-            r"search.metric must be one of .*'train_loss'.*got 'train_los'",
-        ),
-    ],
-)
-def test_bad_search(changes, message, tmp_path):
-    search = config_of('searches', 'sonew_b2_eps')
-    search.update(changes)
-    with pytest.raises(ValueError, match=message):
-        sweep.sweep(small_task(), config_of('optimizers', 'sonew'), search, tmp_path)
-
-
-def test_sweep_over_an_unknown_hyperparameter(tmp_path):
-    search = config_of('searches', 'sonew_b2_eps')
-    with pytest.raises(ValueError, match=r"\['b2', 'eps'\], which the optimizer config has not"):
-        sweep.sweep(small_task(), config_of('optimizers', 'sgd'), search, tmp_path)
 
 
 def test_report(tmp_path):

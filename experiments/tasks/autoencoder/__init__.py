@@ -40,9 +40,9 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
         pixels = images.astype(jnp.float32) / data.MAX_PIXEL[config['source']]
         return loss.reconstruction_loss(nnx.merge(graphdef, params)(pixels), pixels)
 
-    def schedule(peak: float) -> optax.Schedule:
+    def schedule(peak: float, anneal: bool = True) -> optax.Schedule:
         return loss.warmup_then_linear(
-            peak, config['epochs'], config['warmup_epochs'], steps_per_epoch
+            peak, config['epochs'], config['warmup_epochs'], steps_per_epoch, anneal
         )
 
     arrays = {'train_loss': jnp.asarray(train), 'test_loss': jnp.asarray(test)}

@@ -16,13 +16,13 @@ def reconstruction_loss(logits: jax.Array, pixels: jax.Array) -> jax.Array:
 
 
 def warmup_then_linear(
-    peak: float, epochs: int, warmup_epochs: int, steps_per_epoch: int
+    peak: float, epochs: int, warmup_epochs: int, steps_per_epoch: int, anneal: bool = True
 ) -> optax.Schedule:
     """One learning rate for each epoch: up from 0 to the peak, then linearly towards 0.
 
     Epochs count from 0. The warm-up's epochs are spread evenly from 0 to the peak, both reached;
     the line down would reach 0 at the epoch after the last. With 5 of 10 epochs of warm-up and
-    peak 1: 0, 1/4, 2/4, 3/4, 1, 5/6, 4/6, 3/6, 2/6, 1/6.
+    peak 1: 0, 1/4, 2/4, 3/4, 1, 5/6, 4/6, 3/6, 2/6, 1/6. Without ``anneal`` the peak is kept.
 
     Raises:
       ValueError: unless ``1 <= warmup_epochs <= epochs``.
@@ -36,6 +36,7 @@ def warmup_then_linear(
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         epoch = jnp.asarray(count) // steps_per_epoch
         up = epoch / max(top, 1) if top else 1.0
-        return peak * jnp.clip(jnp.minimum(up, (epochs - epoch) / (epochs - top)), 0)
+        down = (epochs - epoch) / (epochs - top) if anneal else 1.0
+        return peak * jnp.clip(jnp.minimum(up, down), 0)
 
     return schedule

@@ -1,0 +1,31 @@
+"""What the tests of the drivers share: configs, shrunk tasks, logs."""
+
+import importlib
+import json
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[2]
+TASKS = sorted(f.stem for f in (ROOT / 'configs/tasks').glob('[a-z]*.py'))
+OPTIMIZERS = sorted(f.stem for f in (ROOT / 'configs/optimizers').glob('[a-z]*.py'))
+
+
+def config_of(kind, name):
+    return importlib.import_module(f'configs.{kind}.{name}').get_config()
+
+
+def small_task(config='autoencoder', **changes):
+    """A task's config shrunk to two steps on synthetic data."""
+    task = config_of('tasks', config)
+    task.update(
+        source='synthetic', hidden=(8, 3, 8), batch_size=64, epochs=2, warmup_epochs=1, log_every=1
+    )
+    task.update(changes)
+    return task
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if 'second' not in k} for row in rows]
