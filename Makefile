@@ -4,8 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo
+RUNS ?= tables
+ROWS ?=
+SEEDS ?= 0
 
-.PHONY: demo test lint test-slow test-tpu-compile tpu-compile benchmark clean
+.PHONY: demo test lint test-slow test-tpu-compile tpu-compile benchmark \
+  table-autoencoder clean
 
 demo: $(VENV)/experiments.stamp
 	rm -rf $(DEMO)
@@ -37,6 +41,15 @@ tpu-compile: $(VENV)/tpu-compile.stamp
 
 benchmark: $(VENV)/experiments.stamp
 	$(BIN)/python -m experiments.benchmark
+
+# The papers' autoencoder table, with the committed settings: make table-autoencoder DATA=FOLDER
+# [RUNS=FOLDER] [ROWS=REGEX] [SEEDS=0,1,2]; DATA is a folder with MNIST.
+table-autoencoder: $(VENV)/experiments.stamp
+	@test -n "$(DATA)" || { echo "give DATA=FOLDER, a folder with MNIST" >&2; exit 1; }
+	@for table in autoencoder autoencoder_bfloat16; do \
+	  $(BIN)/python -m experiments.table --table=configs/tables/$$table.py --data_dir=$(DATA) \
+	    --workdir=$(RUNS)/$$table --rows='$(ROWS)' --seeds=$(SEEDS) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(DEMO)

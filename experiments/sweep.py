@@ -1,16 +1,24 @@
 """Searches an optimizer's hyperparameters with Optuna, one run for each trial.
 
 python -m experiments.sweep --task=configs/tasks/autoencoder.py --task.epochs=10 \\
-    --optimizer=configs/optimizers/sonew.py --search=configs/searches/paper_random.py \\
-    --workdir=DIR --data_dir=DATA
+    --optimizer=configs/optimizers/sonew.py --workdir=DIR --data_dir=DATA [--trials=16] \\
+    [--search=configs/searches/random.py] [--together=8]
 
-Each trial is a workdir of its own, DIR/000, DIR/001, ...; a sweep that was interrupted is
-started again by the same command, and its finished trials are not repeated.
+The ranges are the ``search_space`` of the optimizer's config, or the ``space`` of the search's.
+Each trial is a workdir of its own, DIR/000, DIR/001, ...; the study is DIR/study.jsonl, in
+Optuna's journal format. A sweep that was interrupted is started again by the same command: its
+trials go on from their last checkpoints, and one with more trials adds to it.
+
+Trials that differ in floats alone are trained together in one program, as many as --together says;
+by default one on CPUs, which gain nothing by it, and elsewhere as many as the device has room for.
 """
 
+import itertools
+import json
 import math
 import pathlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -20,7 +28,13 @@ from experiments import main as main_lib
 from experiments import train
 from experiments import workdir as workdir_lib
 
-_SEARCH = config_flags.DEFINE_config_file('search', None, 'Config file of the search.')
+_SEARCH = config_flags.DEFINE_config_file(
+    'search', 'configs/searches/random.py', 'Config file of the search.'
+)
+_TRIALS = flags.DEFINE_integer('trials', None, 'Of a random search.', lower_bound=1)
+_TOGETHER = flags.DEFINE_integer(
+    'together', None, 'Trials in one program; as many as there is room for.', lower_bound=1
+)
 
 
 def suggest(trial: Any, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -40,45 +54,30 @@ def suggest(trial: Any, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     return values
 
 
-def make_sampler(search: Mapping[str, Any]) -> tuple[Any, int]:
-    """Optuna's sampler for a search config, and the number of trials."""
+def make_sampler(search: Mapping[str, Any], number: int) -> Any:
+    """Optuna's sampler for the trial of this number: what it draws hangs on no other trial."""
     import optuna
 
-    space = search['space']
-    if search['sampler'] == 'grid':
-        grid = {name: list(axis['grid']) for name, axis in space.items()}
-        size = math.prod(len(values) for values in grid.values())
-        return optuna.samplers.GridSampler(grid, seed=search['seed']), size
+    random = optuna.samplers.RandomSampler(seed=search['seed'] * 1_000_003 + number)
     if search['sampler'] == 'random':
-        return optuna.samplers.RandomSampler(seed=search['seed']), search['trials']
-    raise ValueError(f"search.sampler must be 'grid' or 'random', got {search['sampler']!r}.")
+        return random
+    # Not GridSampler, which stops its study and must not be asked.
+    axes = {name: axis['grid'] for name, axis in search['space'].items()}
+    values = list(itertools.product(*axes.values()))[number]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.PartialFixedSampler(dict(zip(axes, values, strict=True)), random)
 
 
-def sweep(
-    task_config: config_dict.ConfigDict,
-    optimizer_config: config_dict.ConfigDict,
-    search: Mapping[str, Any],
-    workdir: str | pathlib.Path,
-    data_dir: str | None = None,
-) -> list[dict[str, Any]]:
-    """Runs the trials of a search.
-
-    Args:
-      task_config: see ``configs/tasks``.
-      optimizer_config: see ``configs/optimizers``; its values are those that are not searched.
-      search: see ``configs/searches``.
-      workdir: where the trials' workdirs and ``sweep.json`` go.
-      data_dir: where the data set lies.
-
-    Returns:
-      The trials, best first: ``{'trial', 'hyperparameters', 'metric'}``.
-
-    Raises:
-      ValueError: for a search that is none, or a hyperparameter that the optimizer's config does
-        not have.
-    """
-    import optuna
-
+def _check(search: Mapping[str, Any], optimizer_config: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for a search that is none."""
+    if search['sampler'] not in ('grid', 'random'):
+        raise ValueError(f"search.sampler must be 'grid' or 'random', got {search['sampler']!r}.")
+    if not search['space']:
+        raise ValueError(
+            'nothing to search: neither the search has a space nor the optimizer config a '
+            'search_space.'
+        )
     for name, axis in search['space'].items():
         wanted = ('grid',) if search['sampler'] == 'grid' else ('low', 'high')
         if not all(key in axis for key in wanted):
@@ -91,33 +90,178 @@ def sweep(
             f'search.space has {unknown}, which the optimizer config has not; it has '
             f'{sorted(optimizer_config)}.'
         )
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rungs, keep = search['rungs'], search['keep']
+    if list(rungs) != sorted(rungs) or not all(0 < rung < 1 for rung in rungs):
+        raise ValueError(f'search.rungs must rise and lie between 0 and 1, got {rungs!r}.')
+    if not 0 < keep <= 1:
+        raise ValueError(f'search.keep must be in (0, 1], got {keep!r}.')
+
+
+def sweep(
+    task_config: config_dict.ConfigDict,
+    optimizer_config: config_dict.ConfigDict,
+    search: Mapping[str, Any],
+    workdir: str | pathlib.Path,
+    data_dir: str | None = None,
+    *,
+    trials: int | None = None,
+    together: int | None = None,
+) -> list[dict[str, Any]]:
+    """Runs the trials of a search.
+
+    At each of ``search.rungs``, parts of a run, the trials that are left are compared by the mean
+    loss that they last logged, and the best ``search.keep`` of them go on. All trials come to
+    a rung before any goes on, so which ones are stopped does not depend on the order or on how
+    many are trained together.
+
+    Args:
+      task_config: see ``configs/tasks``.
+      optimizer_config: see ``configs/optimizers``; its values are those that are not searched.
+      search: see ``configs/searches``.
+      workdir: where the trials' workdirs, ``study.jsonl`` and ``sweep.json`` go.
+      data_dir: where the data set lies.
+      trials: of a random search, in place of ``search.trials``.
+      together: how many trials one program trains at most. None: see above.
+
+    Returns:
+      The trials, best first: ``{'trial', 'hyperparameters', 'metric'}``, and for those that were
+      stopped ``stopped_at``, the step; they come last.
+
+    Raises:
+      ValueError: for a search that is none, or a hyperparameter that the optimizer's config does
+        not have; or if the workdir holds another search.
+    """
+    import optuna
+
+    search = {'rungs': (), 'keep': 1.0, **workdir_lib.plain(search)}
+    search.setdefault('space', workdir_lib.plain(optimizer_config).get('search_space'))
+    _check(search, optimizer_config)
+    metrics = train.metrics(train.check(task_config, optimizer_config, data_dir))
+    if search['metric'] not in metrics:
+        raise ValueError(f'search.metric must be one of {metrics}, got {search["metric"]!r}.')
+    count = search.pop('trials', None) if trials is None else trials
+    if search['sampler'] == 'grid':
+        count = math.prod(len(axis['grid']) for axis in search['space'].values())
+    search = json.loads(json.dumps({k: v for k, v in search.items() if k != 'trials'}))
     root = pathlib.Path(workdir)
-    trials: list[dict[str, Any]] = []
-    sampler, count = make_sampler(search)
     root.mkdir(parents=True, exist_ok=True)
+    study = _open(root, search)
+    for trial in _running(study):  # a kill may have cut off what they drew; the rest they keep
+        study.sampler = make_sampler(search, trial.number)
+        suggest(optuna.trial.Trial(study, trial._trial_id), search['space'])
+    for number in range(len(study.trials), count):
+        study.sampler = make_sampler(search, number)
+        suggest(study.ask(), search['space'])
 
-    def objective(trial: Any) -> float:
-        values = suggest(trial, search['space'])
+    def prepared(trial: Any) -> train.Experiment:
         config = optimizer_config.copy_and_resolve_references()
-        config.update(values)
-        folder = f'{trial.number:03d}'
-        summary = train.train_and_evaluate(task_config, config, root / folder, data_dir)
-        if search['metric'] not in summary:
-            raise ValueError(
-                f'search.metric must be one of {sorted(summary)}, got {search["metric"]!r}.'
-            )
-        # A run that left the numbers behind is the worst, and no error.
-        metric = summary[search['metric']]
-        metric = math.inf if metric is None or not math.isfinite(metric) else metric
-        trials.append({'trial': folder, 'hyperparameters': values, 'metric': metric})
-        return metric
+        config.update(values_of(trial, search['space']))
+        return train.prepare(task_config, config, root / f'{trial.number:03d}', data_dir)
 
-    optuna.create_study(sampler=sampler).optimize(objective, n_trials=count)
-    trials.sort(key=lambda trial: trial['metric'])
-    content = {'search': dict(workdir_lib.plain(search)), 'trials': trials}
-    workdir_lib.write_json(root / 'sweep.json', content)
-    return trials
+    for part in search['rungs']:
+        left = _running(study)
+        stop, losses = _to_rung([prepared(trial) for trial in left], part, together)
+        for trial, loss in zip(left, losses, strict=True):
+            if stop not in trial.intermediate_values:
+                optuna.trial.Trial(study, trial._trial_id).report(loss, stop)
+        # All that ever came here compete, so trials that are added later must be among the best.
+        came = [t for t in study.trials if stop in t.intermediate_values]
+        came.sort(key=lambda trial: trial.intermediate_values[stop])
+        for trial in came[math.ceil(search['keep'] * len(came)) :]:
+            if trial.state == optuna.trial.TrialState.RUNNING:
+                study.tell(trial.number, state=optuna.trial.TrialState.PRUNED)
+    left = _running(study)
+    for trial, summary in zip(left, _train([prepared(t) for t in left], together), strict=True):
+        study.tell(trial.number, _finite(summary[search['metric']]))
+    found = [_row(trial, search) for trial in study.trials]
+    found.sort(key=lambda row: (row.get('stopped_at') is not None, row['metric']))
+    workdir_lib.write_json(root / 'sweep.json', {'search': search, 'trials': found})
+    return found
+
+
+def _open(root: pathlib.Path, search: Mapping[str, Any]) -> Any:
+    """The study in a folder, made if there is none.
+
+    Raises:
+      ValueError: if it is of another search.
+    """
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name='sweep',
+        storage=optuna.storages.JournalStorage(JournalFileBackend(str(root / 'study.jsonl'))),
+        load_if_exists=True,
+    )
+    if (held := study.user_attrs.get('search', search)) != search:
+        raise ValueError(f'workdir {root} holds another search: {held}, not {search}.')
+    study.set_user_attr('search', search)
+    return study
+
+
+def _running(study: Any) -> list[Any]:
+    """The trials that are neither through nor stopped."""
+    return [trial for trial in study.trials if trial.state.name == 'RUNNING']
+
+
+def values_of(trial: Any, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The hyperparameters of a trial that was suggested before."""
+    drawn = trial.params
+    return {
+        name: 1 - drawn[f'1-{name}'] if axis.get('one_minus') else drawn[name]
+        for name, axis in space.items()
+    }
+
+
+def _finite(metric: float | None) -> float:
+    """A run that left the numbers behind is the worst, and no error."""
+    return math.inf if metric is None or not math.isfinite(metric) else metric
+
+
+def _row(trial: Any, search: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``sweep.json`` says of a trial."""
+    row = {
+        'trial': f'{trial.number:03d}',
+        'hyperparameters': values_of(trial, search['space']),
+        'metric': trial.value,
+    }
+    return row | ({'stopped_at': trial.last_step} if trial.state.name == 'PRUNED' else {})
+
+
+def _to_rung(
+    experiments: Sequence[train.Experiment], part: float, together: int | None
+) -> tuple[int, list[float]]:
+    """Trains all up to a part of the run; the step, and the mean losses logged there."""
+    if not experiments:
+        return 0, []
+    stop = train.checkpoint_at(experiments[0], part)
+
+    def losses() -> list[float | None]:
+        logs = [workdir_lib.read_metrics(experiment.run.path) for experiment in experiments]
+        by_step = [{row['step']: _finite(row['loss']) for row in rows} for rows in logs]
+        return [rows.get(stop) for rows in by_step]
+
+    missing = [e for e, loss in zip(experiments, losses(), strict=True) if loss is None]
+    _train(missing, together, stop_after=stop)
+    return stop, [loss for loss in losses() if loss is not None]
+
+
+def _train(
+    experiments: Sequence[train.Experiment], together: int | None, stop_after: int | None = None
+) -> list[dict[str, Any]]:
+    """The runs' summaries, in order; those that fit into one program are trained together."""
+    summaries: dict[int, dict[str, Any]] = {}
+    groups: dict[str, list[int]] = {}
+    for i, experiment in enumerate(experiments):
+        groups.setdefault(train.kinship(experiment), []).append(i)
+    for members in groups.values():
+        size = together or train.room(experiments[members[0]])
+        for start in range(0, len(members), size):
+            batch = members[start : start + size]
+            done = train.train_together([experiments[i] for i in batch], stop_after=stop_after)
+            summaries.update(zip(batch, done, strict=True))
+    return [summaries[i] for i in range(len(experiments))]
 
 
 def main(argv: list[str]) -> None:
@@ -125,10 +269,19 @@ def main(argv: list[str]) -> None:
     main_lib.refuse_arguments(argv)
     flag = flags.FLAGS
     with main_lib.clear_errors():
-        trials = sweep(flag.task, flag.optimizer, _SEARCH.value, flag.workdir, flag.data_dir)
+        trials = sweep(
+            flag.task,
+            flag.optimizer,
+            _SEARCH.value,
+            flag.workdir,
+            flag.data_dir,
+            trials=_TRIALS.value,
+            together=_TOGETHER.value,
+        )
     for trial in trials:
-        print(f'{trial["metric"]:10.4f}  {trial["trial"]}  {trial["hyperparameters"]}')
+        stopped = f'  stopped at {trial["stopped_at"]}' if 'stopped_at' in trial else ''
+        print(f'{trial["metric"]:10.4f}  {trial["trial"]}  {trial["hyperparameters"]}{stopped}')
 
 
 if __name__ == '__main__':
-    main_lib.run(main, 'task', 'optimizer', 'search', 'workdir')
+    main_lib.run(main, 'task', 'optimizer', 'workdir')

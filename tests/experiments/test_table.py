@@ -1,0 +1,129 @@
+"""A table's driver: what is run, what the cells say, what an interruption costs."""
+
+import json
+
+import pytest
+from ml_collections import config_dict
+
+from configs.tables import autoencoder, autoencoder_bfloat16
+from experiments import table, train
+from tests.experiments.small import config_of, lines, small_task
+
+
+@pytest.fixture
+def small():
+    """Three rows on a task of eight steps, and one that cannot be run."""
+    task = small_task()
+    names = ('source', 'hidden', 'batch_size', 'epochs', 'warmup_epochs', 'log_every')
+    return config_dict.ConfigDict(
+        dict(
+            task='autoencoder',
+            settings={name: task[name] for name in names},
+            rows=dict(
+                sgd=dict(optimizer='sgd'),
+                adam=dict(optimizer='adam', reported=53.59, confidence='recalled'),
+                band_4=dict(optimizer='sonew', settings=dict(band=4), label='SONew, band 4'),
+                kfac=dict(label='K-FAC', note='cannot be had'),
+            ),
+        )
+    )
+
+
+def cells(text):
+    """The table's cells by row and column, columns of one name joined."""
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines()]
+    return {row[0]: row[1:] for row in rows if len(row) > 5}
+
+
+def test_table(small, tmp_path):
+    text = table.run(small, tmp_path, seeds=(0, 1))
+    found = cells(text)
+    ends = {
+        row: [json.loads((tmp_path / row / f'seed_{s}/summary.json').read_text()) for s in (0, 1)]
+        for row in ('sgd', 'adam', 'band_4')
+    }
+    losses = [summary['train_loss'] for summary in ends['band_4']]
+    mean, half = sum(losses) / 2, abs(losses[0] - losses[1]) / 2
+    assert found['SONew, band 4'][0] == f'{mean:.2f} ± {half:.2f}'
+    assert found['SONew, band 4'][3] == '2'
+    assert found['adam'][2] == '53.59 (recalled)'
+    seconds = [sum(s['seconds'] for s in ends[row]) for row in ('sgd', 'adam')]
+    assert found['sgd'][5] == f'{seconds[0] / seconds[1]:.2f}'
+    bytes_ = [ends[row][0]['state_bytes'] for row in ('sgd', 'adam')]
+    assert found['sgd'][7] == f'{bytes_[0] / bytes_[1]:.2f}'
+    assert found['K-FAC'][0] == 'not run'
+    assert 'K-FAC: cannot be had' in text
+    order = [name for name in found if name in ('sgd', 'adam', 'SONew, band 4', 'K-FAC')]
+    assert order[-1] == 'K-FAC'
+    of = {'sgd': 'sgd', 'adam': 'adam', 'SONew, band 4': 'band_4'}
+    best = sorted(of, key=lambda name: sum(s['train_loss'] for s in ends[of[name]]))
+    assert order[:-1] == best
+    assert (tmp_path / 'table.png').stat().st_size > 10_000
+    assert len(json.loads((tmp_path / 'table.json').read_text())) == 6
+    assert (tmp_path / 'table.md').read_text().strip() == text
+    held = json.loads((tmp_path / 'band_4/seed_1/config.json').read_text())
+    assert (held['optimizer']['band'], held['task']['seed']) == (4, 1)
+
+
+def test_rows_are_added_and_none_is_run_twice(small, tmp_path, monkeypatch):
+    text = table.run(small, tmp_path, rows='sgd')
+    assert cells(text)['adam'][0] == 'not run'
+    assert cells(text)['sgd'][5] == '', 'there is no Adam to compare with'
+    before = lines(tmp_path / 'sgd/seed_0')
+    text = table.run(small, tmp_path)
+    assert cells(text)['sgd'][5]
+    assert lines(tmp_path / 'sgd/seed_0') == before
+
+
+def test_interrupted_table_goes_on(small, tmp_path):
+    configs = table.configs_of(small, 'adam', 0)
+    train.train_and_evaluate(*configs, tmp_path / 'adam/seed_0', stop_after=2)
+    assert cells(table.write(small, tmp_path))['adam'][0] == 'not run'
+    assert cells(table.run(small, tmp_path, rows='adam'))['adam'][3] == '1'
+    assert [row['step'] for row in lines(tmp_path / 'adam/seed_0')] == list(range(1, 9))
+
+
+def test_bad_table(small, tmp_path):
+    with pytest.raises(ValueError, match=r"--rows='adamant' is in none of .*'adam'"):
+        table.run(small, tmp_path, rows='adamant')
+    small.rows.sgd.settings = dict(b2=0.9)
+    with pytest.raises(ValueError, match=r"row 'sgd': configs/optimizers/sgd.py has no \['b2'\]"):
+        table.run(small, tmp_path / 'a')
+    assert not (tmp_path / 'a').exists(), 'the other rows have not been run'
+
+
+def test_search_and_finals(small, tmp_path):
+    """Each row's ranges are searched with its settings, the best go the whole length."""
+    small.rows.band_4.settings = dict(band=2)
+    short = small.copy_and_resolve_references()
+    short.settings.epochs = 1
+    search = config_of('searches', 'random')
+    with pytest.raises(FileNotFoundError, match='run --stage=search first'):
+        table.finals(small, tmp_path, rows='band')
+    text = table.search(short, tmp_path, search=search, trials=3)
+    rows = [line.split('|')[1].strip() for line in text.splitlines()[2:]]
+    assert sorted(rows) == ['adam', 'band_4', 'sgd']
+    trials = json.loads((tmp_path / 'band_4/sweep.json').read_text())['trials']
+    assert len(trials) == 3
+    table.finals(small, tmp_path, rows='band', best=2)
+    done = sorted(f.parent.name for f in (tmp_path / 'band_4/finals').glob('*/summary.json'))
+    assert done == sorted(trial['trial'] for trial in trials[:2])
+    for number in done:
+        held = json.loads((tmp_path / f'band_4/finals/{number}/config.json').read_text())
+        trial = next(t for t in trials if t['trial'] == number)
+        assert held['task']['epochs'] == 2
+        assert held['optimizer']['band'] == 2
+        assert trial['hyperparameters'].items() <= held['optimizer'].items()
+
+
+@pytest.mark.parametrize('config', [autoencoder, autoencoder_bfloat16])
+def test_committed_tables_can_be_run(config):
+    """Each row's settings fit its configs, and a run could start."""
+    rows = config.get_config()
+    rows.settings.source = 'synthetic'
+    rows.settings.batch_size = 64
+    for row, entry in rows.rows.items():
+        if entry.get('optimizer'):
+            train.check(*table.configs_of(rows, row, 0))
+        else:
+            assert entry.note
