@@ -168,6 +168,16 @@ def test_groups_of_one_entry(variant):
         np.testing.assert_allclose(found[:, 0], expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize('rule', [{'order': 'C'}, {'block_size': 4}])
+def test_the_rule_of_a_leaf_goes_before_the_arguments(rule):
+    grads, keywords = gradients((4, 6)), {'order': 'F', 'block_size': 3, 'root_every': 1}
+    found, _ = last_update(scale_by(**keywords, layout={'': LeafRule(**rule)}), grads)
+    expected, _ = last_update(scale_by(**keywords | rule), grads)
+    np.testing.assert_array_equal(found, expected)
+    without, _ = last_update(scale_by(**keywords), grads)
+    assert np.any(found != without)
+
+
 def test_optax_has_the_same_adagrad():
     """But for a root of 1 in place of the damping's, when the first step is taken."""
     grads = gradients((5,))
