@@ -19,7 +19,9 @@ FACTORIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     'muon': optax.contrib.muon,
     'rmsprop': optax.rmsprop,
     'sgd': optax.sgd,
+    'shampoo': precond_optax.shampoo,
     'shared_basis': precond_optax.shared_basis,
+    'sketchy': precond_optax.sketchy,
     'soaa': precond_optax.soaa,
     'sonew': precond_optax.sonew,
 }
