@@ -373,17 +373,19 @@ def kronecker_direction(
     b2: float = 0.99,
     eps: float = 1e-6,
     update_every: int = 1,
+    taken: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Shampoo's direction after the gradients of one leaf; Sketchy's if there is a rank.
 
     Shampoo's statistics take all gradients and its roots are those of the last step that took
-    them; a sketch takes the gradients of those steps alone.
+    them; a sketch takes the gradients of those steps alone, or those whose numbers are given.
     """
     grads = [np.asarray(grad, np.float64) for grad in grads]
     weight = 1 - b2 if b2 < 1 else 1.0
     ndim, result = grads[0].ndim, np.zeros(grads[0].shape)
     last = (len(grads) - 1) // update_every * update_every + 1
     seen = grads[:last] if rank is None else grads[:last:update_every]
+    seen = seen if taken is None else [grads[i] for i in taken]
     held = 1 - b2 ** len(seen) if b2 < 1 else 1.0
     for block in axis_blocks(grads[0].shape, block_size):
         direction = grads[-1][block]
