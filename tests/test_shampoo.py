@@ -85,18 +85,19 @@ def test_leaves_take_turns(method):
         {k: jnp.asarray(g) for k, g in zip(shapes, three, strict=True)}
         for three in zip(*(gradients(s, 7) for s in shapes.values()), strict=True)
     ]
-    state, moved = tx.init(grads[0]), []
+    state, moved, updates = tx.init(grads[0]), [], []
     update = jax.jit(tx.update)
     for grad in grads:
-        updates, new = update(grad, state)
+        direction, new = update(grad, state)
+        updates.append(direction)
         held = getattr(state, field)[0], getattr(new, field)[0]
         moved.append(''.join(k for k in shapes if np.any(held[0][k] != held[1][k])))
         state = new
     assert moved == ['abc', *'bcabca']
     # And the bias is that of the gradients taken.
     taken = [0, 1, 4] if method == 'sketchy' else range(5)
-    wanted = expected(method, [np.asarray(g['b'], np.float64) for g in grads], taken=taken)
-    assert_near(updates['b'], wanted, 1e-4)
+    first = [np.asarray(grad['b'], np.float64) for grad in grads[:5]]
+    assert_near(updates[4]['b'], expected(method, first, taken=taken), 1e-4)
 
 
 @both
