@@ -21,7 +21,9 @@ FACTORIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     'rmsprop': optax.rmsprop,
     'schedule_free_adamw': optax.contrib.schedule_free_adamw,
     'sgd': optax.sgd,
+    'shampoo': precond_optax.shampoo,
     'shared_basis': precond_optax.shared_basis,
+    'sketchy': precond_optax.sketchy,
     'soaa': precond_optax.soaa,
     'sonew': precond_optax.sonew,
 }

@@ -144,6 +144,31 @@ def rescale(direction: jax.Array, magnitude: jax.Array, axes: Sequence[int]) -> 
     return direction * (norm(magnitude, axes) / jnp.where(size > 0, size, 1))
 
 
+def with_momentum(
+    direction: jax.Array, mu: jax.Array, count: jax.Array, b1: Scalar, nesterov: bool
+) -> tuple[jax.Array, jax.Array]:
+    r"""The bias-corrected mean of a leaf's directions, and the mean as it is kept.
+
+    .. math::
+      \mu \leftarrow b_1 \mu + (1 - b_1) u, \quad \hat\mu = \mu / (1 - b_1^t)
+
+    Args:
+      direction: u.
+      mu: the mean so far, of the same shape.
+      count: t, the number of this step, from 1.
+      b1: decay of the mean, in [0, 1).
+      nesterov: whether the mean looks one step ahead, as in ``optax.nadam``.
+
+    Returns:
+      The update and the new mean.
+    """
+    mu = b1 * mu + (1 - b1) * direction
+    if nesterov:
+        ahead = b1 * mu / (1 - b1 ** (count + 1))
+        return ahead + (1 - b1) * direction / (1 - b1**count), mu
+    return mu / (1 - b1**count), mu
+
+
 class ScaleByNormalizedRmsState(NamedTuple):
     """State of ``scale_by_normalized_rms``."""
 

@@ -23,7 +23,8 @@ class LeafRule:
     Args:
       precondition: True: preconditioned, whatever its number of axes. False: the first-order
         direction (Adam's for SONew, the gradient with the grafting rule's norm for the shared
-        basis, blocks of one entry for MBAG and Block Adam). None: decided by the number of axes
+        basis, the grafting rule's for Shampoo and Sketchy, blocks of one entry for MBAG and Block
+        Adam). None: decided by the number of axes
         that are not batch axes, merged ones counted as one; two or more are preconditioned.
       batch_axes: how many leading axes stack separate leaves, such as scanned layers. A leaf of
         shape (layers, m, n) with ``batch_axes=1`` is treated exactly as its layers would be.
@@ -40,8 +41,9 @@ class LeafRule:
       output_axes: for the shared basis and Block Adam: the axes of the outputs; all others but
         batch axes form the block of one output. Negative ones count from the end. None: the last
         axis, or the last merged ones.
-      rank: for the shared basis: the leaf's own rank. None: the transformation's.
-      block_size: for MBAG and Block Adam: the leaf's own. None: the transformation's.
+      rank: for the shared basis and Sketchy: the leaf's own rank. None: the transformation's.
+      block_size: for MBAG, Block Adam, Shampoo and Sketchy: the leaf's own. None: the
+        transformation's.
 
     Raises:
       ValueError: if an argument is of the wrong kind.

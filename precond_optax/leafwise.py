@@ -22,6 +22,7 @@ import optax
 from precond_optax import checks
 from precond_optax import layout as layout_lib
 from precond_optax.checks import Scalar
+from precond_optax.kernels import matrix_root
 from precond_optax.kernels.rounding import stochastic_round
 from precond_optax.layout import LeafLayout
 from precond_optax.placement import Axes
@@ -141,6 +142,16 @@ def is_turn(count: jax.Array, every: int, turn: jax.Array) -> jax.Array:
     return (count == 1) | ((count - 1) % every == turn)
 
 
+def turns_taken(count: jax.Array, every: int, turn: jax.Array) -> jax.Array:
+    """In how many of the steps up to ``count`` it was a leaf's turn, as `is_turn` has it.
+
+    Example:
+      >>> [int(turns_taken(count, every=3, turn=1)) for count in range(1, 7)]
+      [1, 2, 2, 2, 3, 3]
+    """
+    return 1 + (count - 1 + (every - turn) % every) // every
+
+
 def leafwise(
     state_type: type,
     init_leaf: Callable[[Any, LeafLayout], Fields],
@@ -182,7 +193,8 @@ def leafwise(
       graft: the grafting rule; its updates reach ``update_leaf``. None: the gradient does.
       describe: what a leaf gets, for `plan`.
       axes: the axes of the fields that are not shaped like the parameter: for each the
-        parameter's axis that it follows, or None; for `state_sharding`.
+        parameter's axis that it follows, or None; for `state_sharding`. By the field's name, and
+        its place where it is stacked: 'roots/1'.
       every: in how many steps a leaf does once what is not done in each; the leaves take turns,
         ``facts.turn`` is the leaf's, from 0, so that the steps cost about the same.
       cost: what a leaf's turn costs, in any unit; 0: it has none.
@@ -248,8 +260,7 @@ def leafwise(
         directions, reported, last = [], [], None
         for i, (wide_grad, own, facts) in enumerate(seen):
             if last is not None:
-                # True, but only the last leaf tells; XLA drops optimization barriers too early.
-                wide_grad = jnp.where(last >= 0, wide_grad, jnp.nan)
+                wide_grad = matrix_root.once(last, wide_grad)
             more = () if whole is None else (_cast(sums, facts.compute_dtype),)
             direction, changed = update_leaf(wide_grad, own, facts, *more)
             reported.append(changed.pop('sums', {}))

@@ -64,15 +64,17 @@ def state_sharding(tx: optax.GradientTransformation, params: optax.Params) -> An
             shardings.append(replicated)
             continue
         param_path, param = leaves[owner]
-        field = path[: len(path) - len(param_path)][-1:]
-        axes = _said(records, leafwise.path_string(param_path), leafwise.path_string(field), leaf)
+        before = path[: len(path) - len(param_path)]
+        # A field's name, or its name and a number where it is a tuple of trees.
+        fields = [leafwise.path_string(before[-length:]) for length in (1, 2)]
+        axes = _said(records, leafwise.path_string(param_path), fields, leaf)
         shardings.append(_follow(leaf.shape, param, axes))
     return jax.tree.unflatten(jax.tree.structure(state), shardings)
 
 
-def _said(records: list[leafwise.Record], path: str, field: str, leaf: Any) -> Axes | None:
+def _said(records: list[leafwise.Record], path: str, fields: list[str], leaf: Any) -> Axes | None:
     """The parameter's axes that a leaf of the state follows, if its method says so."""
-    for record in records:
+    for record, field in itertools.product(records, fields):
         axes = record.axes.get(path, {}).get(field)
         if axes is not None and len(axes) == len(leaf.shape):
             return axes

@@ -209,14 +209,10 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
                 direction = grafting.rescale(direction, own, facts.axes)
             if not checks.is_static_zero(start_step):
                 direction = jnp.where(state.count > start_step, direction, own)
-        mu = b1 * state.mu + (1 - b1) * direction
-        changed['mu'] = mu
-        if nesterov:
-            direction = b1 * mu / (1 - b1 ** (state.count + 1)) + (1 - b1) * direction / (
-                1 - b1**state.count
-            )
-            return direction, changed
-        return mu / (1 - b1**state.count), changed
+        update, changed['mu'] = grafting.with_momentum(
+            direction, state.mu, state.count, b1, nesterov
+        )
+        return update, changed
 
     def describe(facts: LeafLayout) -> str:
         treatment = fallback(facts)

@@ -88,6 +88,21 @@ def _mbag(name: str, learning_rate: float, state_bytes: float, **keywords: Any) 
     )
 
 
+def _kronecker(
+    name: str, factory: Callable[..., Any], state_bytes: float, **keywords: Any
+) -> Case:
+    """Shampoo's or Sketchy's row: blocks that do not divide the axes, roots of some steps ago."""
+    return Case(
+        name,
+        factory,
+        keywords={'eps': 0.1, 'block_size': 3, 'update_every': 2, **keywords},
+        static_args=('block_size', 'update_every', 'max_dim', *set(keywords) & {'rank', 'root'}),
+        state_bytes=state_bytes,
+        compressed=True,
+        variant=name != 'shampoo',  # Sketchy has all but its sketches in common with it
+    )
+
+
 # Where gradients are large its direction is one over them; its sums are the whole tree's.
 _SOAA = dict(
     layout=False,
@@ -168,6 +183,10 @@ CASES = (
         state_bytes=16,
         compressed=True,
     ),
+    _kronecker('shampoo', precond_optax.shampoo, 32),
+    _kronecker('shampoo_newton', precond_optax.shampoo, 32, root='newton_schulz'),
+    _kronecker('shampoo_each_step', precond_optax.shampoo, 32, update_every=1, start_step=1),
+    _kronecker('sketchy', precond_optax.sketchy, 20, rank=2),
     Case('soaa', precond_optax.soaa, keywords={'total_steps': 1000}, **_SOAA),
     Case(
         'soaa_centered',

@@ -4,6 +4,7 @@ Nothing of the package is imported here, and the forms are other ones than the k
 inverse with a banded pattern is put together from inverses of dense blocks, not from factors.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -335,3 +336,77 @@ def soaa_updates(
         scalars.append((dt, pr, l_avg))
         last_m_hat = m_hat
     return updates, scalars
+
+
+def axis_blocks(shape: Sequence[int], block_size: int) -> list[tuple[slice, ...]]:
+    """The blocks of at most ``block_size`` along each axis, the last ones shorter."""
+    cuts = [[slice(i, i + block_size) for i in range(0, size, block_size)] for size in shape]
+    return list(itertools.product(*cuts))
+
+
+def unfolded(x: np.ndarray, axis: int) -> np.ndarray:
+    """One axis in the rows, all others in the columns."""
+    return np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+
+
+def along_axis(matrix: np.ndarray, x: np.ndarray, axis: int) -> np.ndarray:
+    """The matrix times x along one axis."""
+    return np.moveaxis(np.tensordot(matrix, x, (1, axis)), 0, axis)
+
+
+def relative_inverse_root(
+    matrix: np.ndarray, p: float, eps: float, shift: float = 0
+) -> np.ndarray:
+    """(A + s I + eps lambda_max(A + s I) I)^(-1/p), exactly; zero where that is zero."""
+    values, vectors = np.linalg.eigh(matrix)
+    raised = values.clip(min=0) + shift
+    raised = raised + eps * raised.max()
+    powers = np.where(raised > 0, raised, 1) ** (-1 / p) * (raised > 0)
+    return (vectors * powers) @ vectors.T
+
+
+def kronecker_direction(
+    grads: Sequence[np.ndarray],
+    *,
+    block_size: int,
+    rank: int | None = None,
+    b2: float = 0.99,
+    eps: float = 1e-6,
+    update_every: int = 1,
+    taken: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Shampoo's direction after the gradients of one leaf; Sketchy's if there is a rank.
+
+    Shampoo's statistics take all gradients and its roots are those of the last step that took
+    them; a sketch takes the gradients of those steps alone, or those whose numbers are given.
+    """
+    grads = [np.asarray(grad, np.float64) for grad in grads]
+    weight = 1 - b2 if b2 < 1 else 1.0
+    ndim, result = grads[0].ndim, np.zeros(grads[0].shape)
+    last = (len(grads) - 1) // update_every * update_every + 1
+    seen = grads[:last] if rank is None else grads[:last:update_every]
+    seen = seen if taken is None else [grads[i] for i in taken]
+    held = 1 - b2 ** len(seen) if b2 < 1 else 1.0
+    for block in axis_blocks(grads[0].shape, block_size):
+        direction = grads[-1][block]
+        for axis in range(ndim):
+            size = direction.shape[axis]
+            matrix, escaped = np.zeros((size, size)), 0.0
+            for grad in seen:
+                rows = unfolded(grad[block], axis)
+                matrix = b2 * matrix + weight * rows @ rows.T
+                if rank is not None:
+                    matrix, cut = frequent_directions(matrix, rank)
+                    escaped = b2 * escaped + cut
+            root = relative_inverse_root(matrix / held, 2 * ndim, eps, escaped / held)
+            direction = along_axis(root, direction, axis)
+        result[block] = direction
+    return result
+
+
+def frequent_directions(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
+    """The best matrix of that rank, less the largest eigenvalue left out, and that eigenvalue."""
+    values, vectors = np.linalg.eigh(matrix)
+    cut = max(values[-rank - 1], 0.0) if rank < len(values) else 0.0
+    kept = (values[-rank:] - cut).clip(min=0)
+    return (vectors[:, -rank:] * kept) @ vectors[:, -rank:].T, cut

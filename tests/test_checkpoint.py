@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests import cases, checks
 
-CASES = (*cases.TABLE, cases.BY_NAME['sonew_bfloat16_stats'])
+CASES = (*cases.TABLE, *(cases.BY_NAME[name] for name in ('sonew_bfloat16_stats', 'sketchy')))
 SHAPES = {'matrix': (16, 8), '3d': (8, 2, 8), 'vector': (8,)}
 
 

@@ -1,9 +1,9 @@
-r"""Eigenvalues and inverse square roots of many small symmetric matrices at once.
+r"""Eigenvalues and inverse roots of many small symmetric matrices at once.
 
-The matrices are the last two axes; the other axes are a batch. Two ways to the inverse square
-root: the eigendecomposition, and the coupled Newton-Schulz iteration, which is matrix products
-alone. `experiments/matrix_roots.py` compares them. Everything is elementwise in the batch, so a
-batch that is sharded stays so.
+The matrices are the last two axes; the other axes are a batch. Two ways to the inverse root: the
+eigendecomposition, and the coupled Newton iteration (Newton-Schulz's for the square root), which
+is matrix products alone. `experiments/matrix_roots.py` compares them. Everything is elementwise in
+the batch, so a batch that is sharded stays so.
 """
 
 import functools
@@ -52,8 +52,17 @@ def _unit(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     return matrices / size, size
 
 
-def _clipped(values: jax.Array, shift: jax.Array) -> jax.Array:
-    """Eigenvalues plus a shift, at least their rounding, so that no noise is blown up."""
+def once(count: jax.Array, x: jax.Array) -> jax.Array:
+    """``x``, after ``count``, which is not negative, is known.
+
+    Keeps two batched decompositions apart where they can deadlock: the second one's operand waits
+    for what is counted in the first one's results. XLA drops optimization barriers too early.
+    """
+    return jnp.where(count >= 0, x, jnp.nan) if batches_can_deadlock() else x
+
+
+def clipped(values: jax.Array, shift: jax.Array) -> jax.Array:
+    """Eigenvalues (..., k) plus a shift (...), at least their rounding: no noise is blown up."""
     raised = jnp.maximum(values, 0) + shift[..., None]
     rounding = jnp.finfo(values.dtype).eps * jnp.max(raised, axis=-1, keepdims=True)
     return jnp.maximum(raised, rounding)
@@ -71,6 +80,20 @@ def inverse_square_root(x: jax.Array) -> jax.Array:
     """
     none = x <= 0
     return jnp.where(none, 0, lax.rsqrt(jnp.where(none, 1, x)))
+
+
+def inverse_power(x: jax.Array, p: int) -> jax.Array:
+    """``x^(-1/p)``, and 0 where x <= 0, as `inverse_square_root`, which it is for p = 2.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> inverse_power(jnp.array([16.0, 0.0]), 4).tolist()
+      [0.5, 0.0]
+    """
+    if p == 2:
+        return inverse_square_root(x)
+    none = x <= 0
+    return jnp.where(none, 0, jnp.where(none, 1, x) ** (-1 / p))
 
 
 def decompose(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -96,13 +119,16 @@ def decompose(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values, vectors
 
 
-def from_decomposition(values: jax.Array, vectors: jax.Array, shift: jax.Array) -> jax.Array:
-    r"""The inverse square root :math:`(V \mathrm{diag}(\lambda) V^T + s I)^{-1/2}`.
+def from_decomposition(
+    values: jax.Array, vectors: jax.Array, shift: jax.Array, p: int = 2
+) -> jax.Array:
+    r"""The inverse root :math:`(V \mathrm{diag}(\lambda) V^T + s I)^{-1/p}`.
 
     Args:
       values: eigenvalues (..., k); negative ones, which rounding makes, count as zero.
       vectors: eigenvectors (..., k, k), in columns.
       shift: s (...), >= 0, in the units of the eigenvalues.
+      p: of the root.
 
     Returns:
       Symmetric matrices (..., k, k). Eigenvalues below the rounding of the largest are raised to
@@ -113,7 +139,7 @@ def from_decomposition(values: jax.Array, vectors: jax.Array, shift: jax.Array) 
       >>> from_decomposition(jnp.array([0.0, 3.0]), jnp.eye(2), jnp.array(1.0)).tolist()
       [[1.0, 0.0], [0.0, 0.5]]
     """
-    scaled = vectors * inverse_square_root(_clipped(values, shift))[..., None, :]
+    scaled = vectors * inverse_power(clipped(values, shift), p)[..., None, :]
     return product('...ij,...lj->...il', scaled, vectors)
 
 
@@ -171,6 +197,62 @@ def newton_schulz(matrices: jax.Array, steps: int) -> tuple[jax.Array, jax.Array
     nonzero = jnp.any(matrices != 0, axis=(-2, -1))
     inverse = jnp.where(nonzero[..., None, None], y / scale, 0)
     return x * scale, inverse, jnp.where(nonzero, error, 0)
+
+
+def coupled_newton(matrices: jax.Array, p: int, steps: int) -> tuple[jax.Array, jax.Array]:
+    r"""Inverse p-th roots by the coupled Newton iteration; for p = 2 it is Newton-Schulz's.
+
+    .. math::
+      M_0 = z R, \; X_0 = z^{1/p} I, \; z = \frac{p + 1}{2 \|R\|_F}, \quad
+      T = ((p + 1) I - M) / p, \; X \leftarrow X T, \; M \leftarrow T^p M
+
+    with X to :math:`R^{-1/p}`. A small eigenvalue of M gains a factor of :math:`(1 + 1/p)^p`, 9/4
+    or more, in each step.
+
+    Args:
+      matrices: R (..., k, k), symmetric, positive definite.
+      p: of the root, >= 1.
+      steps: of the iteration.
+
+    Returns:
+      The inverse roots (..., k, k), in the units of R to the power -1/p, and the errors (...): the
+      Frobenius norm of :math:`I - M`, 0 for a perfect root. Zero for the zero matrix.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> root, error = coupled_newton(jnp.diag(jnp.array([1.0, 16.0])), p=4, steps=12)
+      >>> root.round(4).tolist(), bool(error < 1e-5)
+      ([[1.0, 0.0], [0.0, 0.5]], True)
+
+    References:
+      Guo and Higham, `A Schur-Newton Method for the Matrix pth Root and its Inverse
+      <https://doi.org/10.1137/050643374>`_, SIAM J. Matrix Anal. Appl. 28 (2006), equation (3.9).
+    """
+    eye = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
+    unit, size = _unit(matrices)
+    norm = jnp.sqrt(jnp.sum(unit * unit, axis=(-2, -1), keepdims=True))
+    z = (p + 1) / (2 * jnp.where(norm > 0, norm, 1))
+
+    def times(a: jax.Array, b: jax.Array) -> jax.Array:
+        return product('...ij,...jk->...ik', a, b)
+
+    def step(_: int, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, m = pair
+        change = ((p + 1) * eye - m) / p
+        moved, square, rest = m, change, p  # T^p M by repeated squares
+        while rest:
+            if rest % 2:
+                moved = times(square, moved)
+            rest //= 2
+            square = times(square, square) if rest else square
+        return times(x, change), moved
+
+    start = (z ** (1 / p) * eye, z * unit)
+    x, m = lax.fori_loop(0, steps, step, start)
+    error = jnp.sqrt(jnp.sum((eye - m) ** 2, axis=(-2, -1)))
+    nonzero = jnp.any(matrices != 0, axis=(-2, -1))
+    inverse = jnp.where(nonzero[..., None, None], x * size ** (-1 / p), 0)
+    return inverse, jnp.where(nonzero, error, 0)
 
 
 def polar_root(factors: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
@@ -261,9 +343,10 @@ def largest_eigenvalue(matrices: jax.Array, steps: int, squarings: int = 0) -> j
     return jnp.linalg.norm(product('...ij,...j->...i', unit, x), axis=-1) * size[..., 0, 0]
 
 
-def _newton_schulz_steps(dtype: jnp.dtype) -> int:
+def _newton_schulz_steps(dtype: jnp.dtype, p: int = 2) -> int:
     """As many as `with_shift`'s least shift wants, and some: 25 in float32, 50 in float64."""
-    return math.ceil(-math.log(10 * float(jnp.finfo(dtype).eps)) / math.log(9 / 4)) + 8
+    gain = p * math.log(1 + 1 / p)
+    return math.ceil(-math.log(10 * float(jnp.finfo(dtype).eps)) / gain) + 8
 
 
 def with_shift(matrices: jax.Array, shift: jax.Array, rounding: float) -> jax.Array:
@@ -324,18 +407,18 @@ def _by_platform(on_tpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> C
     """One function on TPUs and another elsewhere, chosen when the program is lowered."""
 
     def chosen(*args: Any) -> Any:
-        *arrays, rounding = args
+        *arrays, static = args
         return lax.platform_dependent(
             *arrays,
-            tpu=functools.partial(_last, on_tpu, rounding),
-            default=functools.partial(_last, elsewhere, rounding),
+            tpu=functools.partial(_last, on_tpu, static),
+            default=functools.partial(_last, elsewhere, static),
         )
 
     return chosen
 
 
-def _last(function: Callable[..., Any], rounding: float, *arrays: jax.Array) -> Any:
-    return function(*arrays, rounding)
+def _last(function: Callable[..., Any], static: Any, *arrays: jax.Array) -> Any:
+    return function(*arrays, static)
 
 
 # 'auto' is Newton-Schulz on TPUs, whose compiler gathers the operand of a sharded
@@ -375,4 +458,61 @@ def inverse_root(
     shift = jnp.zeros(matrices.shape[:-2], matrices.dtype) + shift
     _, values, more = spectrum(matrices, shift, rounding)
     roots, failed = root(jnp.zeros_like(shift), values, more, shift, rounding)
+    return roots, failed | ~jnp.all(jnp.isfinite(roots), axis=(-2, -1))
+
+
+def _pth_root_by_eigh(
+    matrices: jax.Array, eps: jax.Array, static: tuple[int, float]
+) -> tuple[jax.Array, jax.Array]:
+    p, rounding = static
+    values, vectors = decompose(matrices)
+    known = jnp.maximum(values, 0)
+    shift = jnp.maximum(eps * known[..., -1], rounding * jnp.sum(known, axis=-1))
+    return from_decomposition(values, vectors, shift, p), jnp.zeros(shift.shape, bool)
+
+
+def _pth_root_by_newton(
+    matrices: jax.Array, eps: jax.Array, static: tuple[int, float]
+) -> tuple[jax.Array, jax.Array]:
+    p, rounding = static
+    shift = eps * largest_eigenvalue(matrices, EIGENVALUE_STEPS, SQUARINGS)
+    steps = _newton_schulz_steps(matrices.dtype, p)
+    root, error = coupled_newton(with_shift(matrices, shift, rounding), p, steps)
+    return root, error > _NEWTON_SCHULZ_TOLERANCE
+
+
+# By the names of ``METHODS``.
+_PTH_ROOTS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    'eigh': _pth_root_by_eigh,
+    'newton_schulz': _pth_root_by_newton,
+    'auto': _by_platform(_pth_root_by_newton, _pth_root_by_eigh),
+}
+
+
+def inverse_pth_root(
+    matrices: jax.Array, p: int, eps: jax.Array | float, method: str, rounding: float
+) -> tuple[jax.Array, jax.Array]:
+    r"""Inverse roots :math:`(R + \epsilon \lambda_{\max}(R) I)^{-1/p}`, by one of ``METHODS``.
+
+    Args:
+      matrices: R (..., k, k), symmetric, positive semidefinite but for rounding.
+      p: of the root, >= 1.
+      eps: the shift in units of the largest eigenvalue, >= 0, a number. By matrix products that
+        eigenvalue is a power iteration's, and the shift 10 rounding units of the trace at least.
+      method: of ``METHODS``; 'newton_schulz' is `coupled_newton` here.
+      rounding: relative error with which R is stored, if larger than its dtype's; below it are no
+        eigenvalues.
+
+    Returns:
+      The roots (..., k, k), zero for the zero matrix, and which of them failed (...).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> matrix = jnp.diag(jnp.array([0.0, 16.0]))
+      >>> root, failed = inverse_pth_root(matrix, 4, 1 / 256, 'eigh', 0.0)
+      >>> root.round(3).tolist(), bool(failed)
+      ([[2.0, 0.0], [0.0, 0.5]], False)
+    """
+    eps = jnp.asarray(eps, matrices.dtype)
+    roots, failed = _PTH_ROOTS[method](matrices, eps, (p, rounding))
     return roots, failed | ~jnp.all(jnp.isfinite(roots), axis=(-2, -1))

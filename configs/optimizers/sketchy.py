@@ -1,0 +1,24 @@
+"""Sketchy, as in the benchmarks."""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    return config_dict.ConfigDict(
+        dict(
+            name='sketchy',
+            learning_rate=3e-3,
+            b1=0.9,
+            b2=0.99,
+            eps=1e-6,
+            nesterov=False,
+            rank=256,
+            block_size=1024,
+            update_every=10,
+            start_step=101,
+            graft='rmsprop_normalized',
+            max_dim=4096,
+            mu_dtype=config_dict.placeholder(str),
+            weight_decay=0.0,
+        )
+    )
