@@ -18,7 +18,8 @@ leaf's, are left out unless asked for:
 python -m experiments.benchmark --methods=shared --trees=autoencoder --rounds=100
 python -m experiments.benchmark --methods=shared --trees=POS --rounds=20
 python -m experiments.benchmark --methods=every --trees=POS --rounds=100
-python -m experiments.benchmark --methods='mbag|block|soaa' --trees=autoencoder --rounds=100
+python -m experiments.benchmark --methods='mbag|block adam|soaa' --trees=autoencoder --rounds=100
+python -m experiments.benchmark --methods='shampoo|sketchy' --trees=autoencoder --rounds=60
 
 The shared basis' 'every 10' refreshes each leaf in one step out of ten, the leaves in turns: that
 no step is a spike is told by the 99th percentile, of 100 rounds or more.
@@ -82,6 +83,9 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     'block adam, blocks of 16, every 10': lambda: precond_optax.block_adam(
         1e-3, block_size=16, root_every=10
     ),
+    'shampoo, blocks of 250': lambda: precond_optax.shampoo(1e-3, block_size=250, layout=LAYOUT),
+    'shampoo, blocks of 1000': lambda: precond_optax.shampoo(1e-3, block_size=1000, layout=LAYOUT),
+    'sketchy, rank 256': lambda: precond_optax.sketchy(1e-3, layout=LAYOUT),
     'shared, rank 8': lambda: _shared(rank=8),
     'shared, rank 16': lambda: _shared(rank=16),
     'shared, rank 32': lambda: _shared(rank=32),

@@ -22,5 +22,11 @@ def get_config() -> config_dict.ConfigDict:
             stats_dtype=config_dict.placeholder(str),
             stochastic_rounding=True,
             weight_decay=0.0,
+            search_space=dict(
+                learning_rate=dict(low=5e-4, high=1.5e-2),
+                b1=dict(low=0.02, high=0.2, one_minus=True),
+                b2=dict(low=0.002, high=0.2, one_minus=True),
+                eps=dict(low=1e-9, high=1e-4),
+            ),
         )
     )

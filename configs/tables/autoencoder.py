@@ -57,6 +57,24 @@ def get_config() -> config_dict.ConfigDict:
                 block_adam=_row(
                     'block_adam', dict(block_size=16, root_every=10), label='Block Adam, 16'
                 ),
+                shampoo_250=_row(
+                    'shampoo',
+                    dict(block_size=250),
+                    label='Shampoo, blocks of 250',
+                    reported=51.56,
+                    confidence='garbled table',
+                ),
+                shampoo_1000=_row(
+                    'shampoo', dict(block_size=1000), label='Shampoo, blocks of 1000'
+                ),
+                shampoo_every_20=_row(
+                    'shampoo',
+                    dict(block_size=1000, update_every=20),
+                    label='Shampoo, every 20 steps',
+                    reported=50.70,
+                    confidence='recalled',
+                ),
+                sketchy=_row('sketchy', label='Sketchy, rank 256'),
                 kfac=dict(label='K-FAC', reported=52.90, confidence='read; other net', note=_KFAC),
             ),
         )

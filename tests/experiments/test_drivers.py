@@ -435,7 +435,7 @@ def test_benchmark_measures_adam_first_and_what_is_asked_for():
 def test_benchmark_leaves_methods_with_blocks_and_their_tree_out_unless_asked_for():
     defaults = {flag: flags.FLAGS[flag].default for flag in ('methods', 'trees')}
     methods = benchmark.chosen('methods', defaults['methods'], benchmark.OPTIMIZERS)
-    blocks = ('shared', 'mbag', 'block')
+    blocks = ('shared', 'mbag', 'block', 'shampoo', 'sketchy')
     assert methods == [n for n in benchmark.OPTIMIZERS if not n.startswith(blocks)]
     trees = benchmark.chosen('trees', defaults['trees'], benchmark.TREES)
     assert trees == ['one (4096, 4096) leaf', "the autoencoder's tree"]
