@@ -29,12 +29,13 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# With all of XLA's optimizations, which the others do without.
 test-slow: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m slow
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m slow
 
 # What the TPU compiler makes of a step on 256 chips; needs no TPU.
 test-tpu-compile: $(VENV)/tpu-compile.stamp
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_compile -s
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m tpu_compile -s
 
 tpu-compile: $(VENV)/tpu-compile.stamp
 	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.tpu_compile

@@ -6,6 +6,9 @@ import shutil
 import tempfile
 
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')  # as experiments/__init__.py does, and why
+# Compiling is most of the suite's time, and LLVM's optimizations much of that. The slow tests, and
+# whoever sets this to 0, have them.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 import hypothesis
 import jax

@@ -219,7 +219,7 @@ def test_nothing_is_nan(rng, kind, scale, norm, method):
     # With eps 0 the direction does not depend on the scale.
     if scale > 0 and method == 'eigh' and kind == 'full':
         expected, _ = run(grads, 3, eps=0.0, residual_norm=norm)
-        assert_close(directions[-1], np.asarray(expected[-1]), 1e-3)
+        assert_close(directions[-1], np.asarray(expected[-1]), 1e-2)
 
 
 def test_a_row_that_no_gradient_reaches_stays(rng):
