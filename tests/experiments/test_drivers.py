@@ -235,7 +235,11 @@ def test_two_tasks_or_optimizers_do_not_share_a_workdir(tmp_path):
 
 
 BAD_CONFIGS = [
-    (dict(name='autoencodr'), {}, r"task.name must be one of \['autoencoder'\], got 'autoencodr'"),
+    (
+        dict(name='autoencodr'),
+        {},
+        r"task.name must be one of \['autoencoder', 'pos_tagging'\], got 'autoencodr'",
+    ),
     (dict(source='cifar'), {}, r"task.source must be one of .*, got 'cifar'"),
     (dict(batch_size=0), {}, r'task.batch_size must be in \[1, 256\]'),
     (dict(batch_size=257), {}, r'task.batch_size must be in \[1, 256\]'),
