@@ -71,6 +71,11 @@ def check(
     """The task, if a run could start; raises what ``prepare`` raises, and writes nothing."""
     _check(task_config)
     task = tasks.make(task_config, data_dir)
+    if task.stream is not None and jax.process_count() > 1:
+        raise ValueError(
+            f'{jax.process_count()} processes: each would read its part of a batch, but this loop '
+            'does not put the parts together; run one process.'
+        )
     jax.eval_shape(program_lib.single(task, task_config, optimizer_config).initial)
     return task
 

@@ -59,8 +59,11 @@ def test_every_config_is_a_known_optimizer():
     assert {config_of('optimizers', name).name for name in OPTIMIZERS} == set(optimizers.FACTORIES)
 
 
-@pytest.mark.parametrize('optimizer', OPTIMIZERS)
-@pytest.mark.parametrize('task', TASKS)
+# The small tagger's config shrinks to the large one's.
+PAIRS = [(t, o) for t in TASKS for o in OPTIMIZERS if t != 'pos_tagging_small' or o == 'sonew']
+
+
+@pytest.mark.parametrize(('task', 'optimizer'), PAIRS)
 def test_every_task_with_every_optimizer(task, optimizer, tmp_path):
     task_config = small_task(task, batch_size=128)
     summary = train.train_and_evaluate(
@@ -360,7 +363,8 @@ def test_command_line_overrides_reach_the_run(tmp_path):
 
 def test_drivers_need_only_what_they_use(tmp_path):
     """Without TFDS, Optuna, matplotlib and the like, training still runs."""
-    absent = ('tensorflow_datasets', 'array_record', 'grain', 'optuna', 'matplotlib', 'sklearn')
+    absent = ('tensorflow_datasets', 'array_record', 'conllu', 'grain', 'optuna', 'matplotlib')
+    absent += ('sklearn',)
     (tmp_path / 'sitecustomize.py').write_text(
         'import sys\n' + ''.join(f'sys.modules[{name!r}] = None\n' for name in absent)
     )

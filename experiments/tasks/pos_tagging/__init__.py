@@ -120,10 +120,13 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
     def count(params: Any, words: jax.Array, tags: jax.Array) -> dict[str, jax.Array]:
         return loss.counts(logits(params, words), words, tags)
 
+    @jax.jit
+    def ratios(counted: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+        return loss.ratios(jax.tree.map(lambda *parts: jnp.sum(jnp.stack(parts)), *counted))
+
     def metrics(params: Any, split: str) -> dict[str, jax.Array]:
-        counted = [count(params, **batch) for batch in held[split]]
-        sums = jax.tree.map(lambda *parts: jnp.sum(jnp.stack(parts)), *counted)
-        return {f'{split}_{name}': value for name, value in loss.ratios(sums).items()}
+        found = ratios([count(params, **batch) for batch in held[split]])
+        return {f'{split}_{name}': value for name, value in found.items()}
 
     def validate(params: Any) -> dict[str, jax.Array]:
         return metrics(params, 'dev') | metrics(params, 'test')

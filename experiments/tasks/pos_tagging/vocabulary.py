@@ -64,14 +64,14 @@ def encode(corpus: Corpus, vocabulary: Vocabulary) -> Encoded:
 def most_frequent_tag_accuracy(train: Corpus, corpus: Corpus) -> float:
     """The part of a corpus that has its word's most frequent tag in the training data.
 
-    Words that are not there get the tag that is most frequent of all; of equally frequent tags
-    the first by its text is taken.
+    Words that are not there get the tag that is most frequent of all. Of equally frequent tags
+    of a word the one that came first is taken.
     """
     counts = collections.defaultdict[str, collections.Counter[str]](collections.Counter)
     for sentence in train:
         for word, tag in zip(*sentence, strict=True):
             counts[word][tag] += 1
     overall = _ranked(tag for sentence in train for tag in sentence.tags)[0][0]
-    best = {word: min(own, key=lambda tag: (-own[tag], tag)) for word, own in counts.items()}
+    best = {word: own.most_common(1)[0][0] for word, own in counts.items()}
     pairs = [pair for sentence in corpus for pair in zip(*sentence, strict=True)]
     return sum(best.get(word, overall) == tag for word, tag in pairs) / len(pairs)
