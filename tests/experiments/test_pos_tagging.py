@@ -15,7 +15,7 @@ from flax import nnx
 
 import precond_optax
 from configs.tasks import pos_tagging as config
-from experiments import optimizers, program, report, tasks, train
+from experiments import optimizers, program, report, sweep, tasks, train
 from experiments.tasks.pos_tagging import batches, loss, model, reading, vocabulary
 from tests.experiments.small import config_of, lines, small_task, without_clock
 
@@ -649,6 +649,29 @@ def test_several_runs_in_one_program(tmp_path):
     for name in ('train_loss', 'dev_loss', 'best_dev_accuracy'):
         assert together[1][name] == pytest.approx(alone[name], rel=1e-4)
     assert together[0]['train_loss'] != together[1]['train_loss']
+
+
+def test_sweep_looks_for_the_largest_accuracy(monkeypatch, tmp_path):
+    """A run that left the numbers behind is the last; losses are still to be small."""
+    accuracies = [0.5, None, 0.9]
+
+    def trained(experiments, together, stop_after=None):
+        return [{'best_dev_accuracy': a, 'dev_loss': a} for a in accuracies]
+
+    monkeypatch.setattr(sweep, '_train', trained)
+    search = dict(sampler='grid', seed=0, space=dict(learning_rate=dict(grid=(1e-3, 2e-3, 3e-3))))
+    found = {
+        metric: sweep.sweep(
+            small_task('pos_tagging'),
+            config_of('optimizers', 'adam'),
+            search | {'metric': metric},
+            tmp_path / metric,
+        )
+        for metric in ('best_dev_accuracy', 'dev_loss')
+    }
+    ranked = [(row['trial'], row['metric']) for row in found['best_dev_accuracy']]
+    assert ranked == [('002', 0.9), ('000', 0.5), ('001', -np.inf)]
+    assert [row['trial'] for row in found['dev_loss']] == ['000', '002', '001']
 
 
 # Layout.
