@@ -1,5 +1,6 @@
 """From an optimizer config to an Optax transformation."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,7 +31,10 @@ FACTORIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def make(
-    config: Mapping[str, Any], schedule: Callable[..., optax.Schedule], num_steps: int
+    config: Mapping[str, Any],
+    schedule: Callable[..., optax.Schedule],
+    num_steps: int,
+    layout: Mapping[str, precond_optax.LeafRule] | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer that a config describes.
 
@@ -41,6 +45,7 @@ def make(
         is for the sweep.
       schedule: the task's schedule of the learning rate, from its peak; takes ``anneal=False``.
       num_steps: the steps of the whole run.
+      layout: the task's, for factories that take one; Optax's do not.
 
     Returns:
       The transformation.
@@ -59,6 +64,8 @@ def make(
     keywords = {} if arguments.pop('anneal', True) else {'anneal': False}
     if arguments.get('total_steps', num_steps) is None:
         arguments['total_steps'] = num_steps
+    if layout is not None and 'layout' in inspect.signature(FACTORIES[name]).parameters:
+        arguments['layout'] = layout
     try:
         return FACTORIES[name](learning_rate=schedule(peak, **keywords), **arguments)
     except TypeError as error:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def make_tx(
     task: tasks.Task, config: Mapping[str, Any], optimizer_config: Mapping[str, Any]
 ) -> optax.GradientTransformation:
     """The optimizer of a run; floats of its config may be traced."""
-    inner = optimizers.make(optimizer_config, task.schedule, task.num_steps)
+    inner = optimizers.make(optimizer_config, task.schedule, task.num_steps, task.layout)
     return optax.apply_if_finite(inner, config['max_consecutive_errors'])
 
 
@@ -94,13 +94,86 @@ def memory(compiled: Any) -> int:
     return ends + sizes.temp_size_in_bytes
 
 
+class Segments(Protocol):
+    """Takes steps, some at a time."""
+
+    def compile(self, carry: Any, lengths: Iterable[int]) -> int:
+        """Compiles what segments of these lengths need, from a carry or its shapes.
+
+        Returns the bytes of the largest program, see `memory`.
+        """
+
+    def __call__(self, carry: Carry, at: int, length: int) -> tuple[Carry, jax.Array]:
+        """From the carry ``at`` a step, the one ``length`` steps on, and all losses."""
+
+
+def make_segments(task: tasks.Task, step: Step, seed: int) -> Segments:
+    """The segments of a task, by where its examples come from."""
+    if task.stream is not None:
+        return _Streamed(task.stream, step)
+    return _Scanned(task.train_data, make_segment(task, step, seed))
+
+
+class _Scanned:
+    """Examples on the device: a segment is one compiled scan."""
+
+    def __init__(self, data: Any, segment: Any) -> None:
+        self._data, self._segment, self._compiled = data, segment, dict[int, Any]()
+
+    def compile(self, carry: Any, lengths: Iterable[int]) -> int:
+        for length in set(lengths):
+            lowered = self._segment.lower(carry, self._data, length=length)
+            self._compiled[length] = lowered.compile()
+        return max(map(memory, self._compiled.values()), default=0)
+
+    def __call__(self, carry: Carry, at: int, length: int) -> tuple[Carry, jax.Array]:
+        return self._compiled[length](carry, self._data)
+
+
+class _Streamed:
+    """Batches from the host: a compiled step for each shape that they have."""
+
+    def __init__(self, stream: tasks.Stream, step: Step) -> None:
+        self._stream, self._compiled = stream, dict[Any, Any]()
+        self._batches: Iterator[Any] = iter(())
+        self._at = -1  # the step of the next of them
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def stepped(carry: Carry, batch: Any) -> tuple[Carry, jax.Array]:
+            params, opt_state, loss = step(carry.params, carry.opt_state, batch)
+            return Carry(params, opt_state, carry.step + 1), loss
+
+        self._step = stepped
+
+    @staticmethod
+    def _shape(batch: Any) -> Any:
+        return tuple(x.shape for x in jax.tree.leaves(batch))
+
+    def compile(self, carry: Any, lengths: Iterable[int]) -> int:
+        if any(lengths):
+            for like in self._stream.shapes:
+                self._compiled[self._shape(like)] = self._step.lower(carry, like).compile()
+        return max(map(memory, self._compiled.values()), default=0)
+
+    def __call__(self, carry: Carry, at: int, length: int) -> tuple[Carry, jax.Array]:
+        if at != self._at:
+            self._batches = self._stream.batches(at)
+        losses = []
+        for _ in range(length):
+            batch = next(self._batches)
+            carry, loss = self._compiled[self._shape(batch)](carry, batch)
+            losses.append(loss)
+        self._at = at + length
+        return carry, jnp.stack(losses)
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """One run, or several at once; a caller need not tell them apart.
 
     Attributes:
       initial: the carry before the first step.
-      step: for `make_segment`.
+      step: for `make_segments`.
       split: from a carry, that of each run.
       stack: the inverse of ``split``.
     """

@@ -4,7 +4,8 @@ python -m experiments.report DIR... [--output=REPORT]
 
 A DIR is a run's workdir, or a folder with some below it. Writes REPORT.md, REPORT.json and
 REPORT.png (loss by step and by second) and prints the table. Runs that are not through are
-listed with the step they reached.
+listed with the step they reached. Taggers get a table of their accuracies, with the tagger that
+knows nothing but words beside them, and the ten pairs of tags that the best run confuses most.
 """
 
 import json
@@ -125,6 +126,38 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def by_accuracy(runs: Sequence[Run]) -> list[Run]:
+    """The runs that are through and say how accurate they were on dev, the best first."""
+    found = [run for run in runs if run.summary.get('best_dev_accuracy') is not None]
+    return sorted(found, key=lambda run: -run.summary['best_dev_accuracy'])
+
+
+def accuracies(runs: Sequence[Run]) -> str:
+    """Of taggers: accuracies at the best of dev, in %, and what the best run confuses at its end.
+
+    Empty if there are none. With ROOT: as the papers count, see `tasks.pos_tagging.loss.ratios`.
+    """
+    ranked = by_accuracy(runs)
+    if not ranked:
+        return ''
+    names = ('dev_accuracy', 'test_accuracy', 'dev_accuracy_with_root', 'dev_sentence_accuracy')
+    rows = []
+    for run in ranked:
+        best = run.summary['at_best_dev']
+        cells = [f'{100 * best[name]:.2f}' for name in names]
+        rows.append([run.label, str(run.summary['best_dev_step']), *cells])
+    baselines = {tuple(run.summary['most_frequent_tag'].values()) for run in ranked}
+    rows += [
+        ['most frequent tag', '', *(f'{100 * part:.2f}' for part in own), '', '']
+        for own in sorted(baselines)
+    ]
+    header = ['run', 'best at step', 'dev %', 'test %', 'dev with ROOT %', 'dev sentences %']
+    worst = [[f'{a} as {b}', str(n)] for a, b, n in ranked[0].summary['dev_confusions']]
+    title = f'Most frequent errors on dev of {ranked[0].label}, at the end of the run:'
+    parts = [markdown(header, rows), title, markdown(['tag', 'tokens'], worst)]
+    return '\n\n'.join(parts)
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table that reads well as plain text too."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -169,7 +202,8 @@ def report(folders: Sequence[str], output: str) -> str:
     header, rows = table(runs)
     base = pathlib.Path(output)
     base.parent.mkdir(parents=True, exist_ok=True)
-    text = markdown(header, rows) + '\n\n' + environment_lines(runs)
+    parts = [markdown(header, rows), accuracies(runs), environment_lines(runs)]
+    text = '\n\n'.join(part for part in parts if part)
     base.with_name(base.name + '.md').write_text(text + '\n')
     content = [{'label': run.label, 'config': run.config, 'summary': run.summary} for run in runs]
     workdir.write_json(base.with_name(base.name + '.json'), content)

@@ -11,6 +11,9 @@ trials go on from their last checkpoints, and one with more trials adds to it.
 
 Trials that differ in floats alone are trained together in one program, as many as --together says;
 by default one on CPUs, which gain nothing by it, and elsewhere as many as the device has room for.
+
+The least value of the search's metric is the best, but for the one that a task tracks, such as a
+tagger's best_dev_accuracy, of which it is the largest.
 """
 
 import itertools
@@ -136,7 +139,10 @@ def sweep(
     search = {'rungs': (), 'keep': 1.0, **workdir_lib.plain(search)}
     search.setdefault('space', workdir_lib.plain(optimizer_config).get('search_space'))
     _check(search, optimizer_config)
-    metrics = train.metrics(train.check(task_config, optimizer_config, data_dir))
+    task = train.check(task_config, optimizer_config, data_dir)
+    largest = [task.tracked, f'best_{task.tracked}'] if task.tracked else []
+    sign = -1 if search['metric'] in largest else 1  # the study minimises
+    metrics = sorted({*train.metrics(task), *largest})
     if search['metric'] not in metrics:
         raise ValueError(f'search.metric must be one of {metrics}, got {search["metric"]!r}.')
     count = search.pop('trials', None) if trials is None else trials
@@ -172,9 +178,11 @@ def sweep(
                 study.tell(trial.number, state=optuna.trial.TrialState.PRUNED)
     left = _running(study)
     for trial, summary in zip(left, _train([prepared(t) for t in left], together), strict=True):
-        study.tell(trial.number, _finite(summary[search['metric']]))
+        study.tell(trial.number, _finite(summary[search['metric']], sign))
     found = [_row(trial, search) for trial in study.trials]
     found.sort(key=lambda row: (row.get('stopped_at') is not None, row['metric']))
+    for row in found:
+        row['metric'] *= 1 if 'stopped_at' in row else sign
     workdir_lib.write_json(root / 'sweep.json', {'search': search, 'trials': found})
     return found
 
@@ -214,9 +222,9 @@ def values_of(trial: Any, space: Mapping[str, Mapping[str, Any]]) -> dict[str, A
     }
 
 
-def _finite(metric: float | None) -> float:
+def _finite(metric: float | None, sign: int = 1) -> float:
     """A run that left the numbers behind is the worst, and no error."""
-    return math.inf if metric is None or not math.isfinite(metric) else metric
+    return math.inf if metric is None or not math.isfinite(metric) else sign * metric
 
 
 def _row(trial: Any, search: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,6 +71,11 @@ def check(
     """The task, if a run could start; raises what ``prepare`` raises, and writes nothing."""
     _check(task_config)
     task = tasks.make(task_config, data_dir)
+    if task.stream is not None and jax.process_count() > 1:
+        raise ValueError(
+            f'{jax.process_count()} processes: each would read its part of a batch, but this loop '
+            'does not put the parts together; run one process.'
+        )
     jax.eval_shape(program_lib.single(task, task_config, optimizer_config).initial)
     return task
 
@@ -108,7 +113,8 @@ def train_together(
     task, config, count = experiments[0].task, experiments[0].config, len(experiments)
     runs = [experiment.run for experiment in experiments]
     log_every, total = config['log_every'], task.num_steps
-    save_every = _save_interval(task, config)
+    save_every = _interval(task, config, 'checkpoint_every_epochs')
+    validate_every = _interval(task, config, 'evaluate_every_epochs') if task.validate else 0
     with contextlib.ExitStack() as opened:
         for run in runs:
             opened.enter_context(run)
@@ -117,24 +123,24 @@ def train_together(
             return finished
         program, carry, step, clocks = _resume(experiments)
         lengths = [min(log_every, total - at) for at in range(step, total, log_every)]
-        segment = program_lib.make_segment(task, program.step, config['seed'])
+        segments = program_lib.make_segments(task, program.step, config['seed'])
         clock = time.perf_counter()
-        compiled = {
-            length: segment.lower(carry, task.train_data, length=length).compile()
-            for length in set(lengths)
-        }
+        program_bytes = segments.compile(carry, lengths)
         compile_seconds = time.perf_counter() - clock
         rates = [jax.jit(task.schedule(e.optimizer_config['learning_rate'])) for e in experiments]
 
         with tqdm.tqdm(total=total, initial=step, unit='step', disable=not progress) as bar:
             for length in lengths:
                 clock = time.perf_counter()
-                carry, losses = compiled[length](carry, task.train_data)
+                carry, losses = segments(carry, step, length)
                 losses = jax.device_get(losses)  # the one synchronisation of the segment
                 spent = (time.perf_counter() - clock) / count
                 clocks = [seconds + spent for seconds in clocks]
                 step += length
                 numbers = told(carry.opt_state, count)
+                if task.validate and (step % validate_every == 0 or step == total):
+                    for own, part in zip(numbers, program.split(carry), strict=True):
+                        own.update(_numbers(task.validate, part))
                 for i, run in enumerate(runs):
                     own = losses.reshape(length, count)[:, i]
                     row = {
@@ -156,24 +162,25 @@ def train_together(
                     return [{'step': step}] * count
         compilation = {
             'compile_seconds': compile_seconds,
-            'program_bytes': max(map(program_lib.memory, compiled.values()), default=0),
+            'program_bytes': program_bytes,
         }
         ends = zip(runs, program.split(carry), clocks, strict=True)
         return [
-            run.finish(_summary(task, part, seconds) | compilation) for run, part, seconds in ends
+            run.finish(_summary(task, part, seconds) | _best(task, run, part) | compilation)
+            for run, part, seconds in ends
         ]
 
 
-def _save_interval(task: tasks.Task, config: Mapping[str, Any]) -> int:
-    """Steps between two checkpoints: whole segments."""
+def _interval(task: tasks.Task, config: Mapping[str, Any], name: str) -> int:
+    """The steps of a number of epochs that the config has: whole segments."""
     log_every = config['log_every']
-    steps = config['checkpoint_every_epochs'] * task.steps_per_epoch
+    steps = config[name] * task.steps_per_epoch
     return math.ceil(steps / log_every) * log_every
 
 
 def checkpoint_at(experiment: Experiment, part: float) -> int:
     """The first step with a checkpoint at or after a part of the run."""
-    every = _save_interval(experiment.task, experiment.config)
+    every = _interval(experiment.task, experiment.config, 'checkpoint_every_epochs')
     return math.ceil(part * experiment.task.num_steps / every) * every
 
 
@@ -192,11 +199,9 @@ def room(experiment: Experiment) -> int:
         return 1
     task, config = experiment.task, experiment.config
     program = program_lib.single(task, config, experiment.optimizer_config)
-    segment = program_lib.make_segment(task, program.step, config['seed'])
-    carry = jax.eval_shape(program.initial)
-    compiled = segment.lower(carry, task.train_data, length=1).compile()
+    segments = program_lib.make_segments(task, program.step, config['seed'])
     data = sum(x.nbytes for x in jax.tree.leaves(task.train_data))
-    each = program_lib.memory(compiled) - data
+    each = segments.compile(jax.eval_shape(program.initial), [1]) - data
     return max(1, int((0.8 * stats['bytes_limit'] - data) // max(each, 1)))
 
 
@@ -225,9 +230,10 @@ def _resume(
 
 def _summary(task: tasks.Task, carry: program_lib.Carry, seconds: float) -> dict[str, Any]:
     """What is said of a run that is through."""
-    metrics = task.evaluate(optimizers.evaluated(carry.opt_state, carry.params))
+    described = task.describe(_evaluated(carry)) if task.describe else {}
     return {
-        **{name: float(value) for name, value in metrics.items()},
+        **_numbers(task.evaluate, carry),
+        **described,
         'steps': task.num_steps,
         'seconds': seconds,
         'steps_per_second': task.num_steps / seconds,
@@ -235,6 +241,33 @@ def _summary(task: tasks.Task, carry: program_lib.Carry, seconds: float) -> dict
         # Without the counters of the wrapper.
         'state_bytes': sum(x.nbytes for x in jax.tree.leaves(carry.opt_state.inner_state)),
         'notfinite': int(carry.opt_state.total_notfinite),
+    }
+
+
+def _evaluated(carry: program_lib.Carry) -> Any:
+    return optimizers.evaluated(carry.opt_state, carry.params)
+
+
+def _numbers(evaluate: Any, carry: program_lib.Carry) -> dict[str, float]:
+    """What a function of a task says of a run's parameters."""
+    return {name: float(value) for name, value in evaluate(_evaluated(carry)).items()}
+
+
+def _best(task: tasks.Task, run: workdir_lib.Workdir, carry: program_lib.Carry) -> dict[str, Any]:
+    """The best that was logged of what a task tracks, its step, and what was logged with it.
+
+    From the log, which a resumed run has cut to its checkpoint: so a checkpoint holds none of it.
+    """
+    rows = [row for row in workdir_lib.read_metrics(run.path) if row.get(task.tracked) is not None]
+    if task.validate is None or not rows:
+        return {}
+    best = max(rows, key=lambda row: row[task.tracked])  # the first of equal ones
+    split = task.tracked.split('_')[0]
+    names = jax.eval_shape(task.validate, carry.params)
+    return {
+        f'best_{task.tracked}': best[task.tracked],
+        f'best_{split}_step': best['step'],
+        f'at_best_{split}': {name: best[name] for name in names},
     }
 
 

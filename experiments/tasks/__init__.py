@@ -2,46 +2,88 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
-_MODULES = {'autoencoder': 'experiments.tasks.autoencoder'}
+import precond_optax
+
+_MODULES = {
+    'autoencoder': 'experiments.tasks.autoencoder',
+    'pos_tagging': 'experiments.tasks.pos_tagging',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Training batches that come from the host one by one.
+
+    Attributes:
+      num_train: the number of training examples.
+      steps_per_epoch: batches in a pass over them.
+      shapes: a tree of ``ShapeDtypeStruct`` for each shape that a batch can have.
+      batches: from a step, the batches from there on; a batch depends on its step alone, so a
+        resumed run sees the same ones.
+    """
+
+    num_train: int
+    steps_per_epoch: int
+    shapes: Sequence[Any]
+    batches: Callable[[int], Iterator[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What the training loop needs of a task.
 
+    Its examples come from ``train_data`` or from ``stream``.
+
     Attributes:
-      train_data: a tree of arrays, examples along the first axis; it stays on the device.
       batch_size: examples in a step.
-      epochs: passes over the data, each in its own order, the remainder dropped.
+      epochs: passes over the data, each in its own order.
       init: from a key, the parameters.
       loss: from the parameters and a batch, the loss to be minimised, a scalar.
       schedule: from the peak learning rate, the learning rate by step; with ``anneal=False`` it
         stays at its peak after the warm-up.
-      evaluate: from the parameters, the reported metrics; jitted by the task.
+      evaluate: from the parameters, the metrics that are reported at the end; jitted by the task.
+      train_data: a tree of arrays, examples along the first axis; it stays on the device. The
+        remainder of an epoch is dropped.
+      stream: batches from the host.
+      validate: from the parameters, metrics that are logged every ``evaluate_every_epochs`` of
+        the config; jitted by the task. None: there are none.
+      tracked: one of them, of which the summary has the largest value, and all that was logged
+        with it.
+      describe: from the parameters at the end, what else the summary has; of JSON's kinds.
+      layout: how the leaves are seen, for the optimizers that take a layout.
     """
 
-    train_data: Any
     batch_size: int
     epochs: int
     init: Callable[[jax.Array], Any]
     loss: Callable[[Any, Any], jax.Array]
     schedule: Callable[..., optax.Schedule]
     evaluate: Callable[[Any], dict[str, jax.Array]]
+    train_data: Any = None
+    stream: Stream | None = None
+    validate: Callable[[Any], dict[str, jax.Array]] | None = None
+    tracked: str = ''
+    describe: Callable[[Any], dict[str, Any]] | None = None
+    layout: Mapping[str, precond_optax.LeafRule] | None = None
 
     @property
     def num_train(self) -> int:
         """The number of training examples."""
+        if self.stream is not None:
+            return self.stream.num_train
         return int(jax.tree.leaves(self.train_data)[0].shape[0])
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in a pass over the data."""
+        """Batches in a pass over the data."""
+        if self.stream is not None:
+            return self.stream.steps_per_epoch
         return self.num_train // self.batch_size
 
     @property

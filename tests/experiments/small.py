@@ -13,12 +13,19 @@ def config_of(kind, name):
     return importlib.import_module(f'configs.{kind}.{name}').get_config()
 
 
+SMALL = {
+    'autoencoder': dict(hidden=(8, 3, 8)),
+    'pos_tagging': dict(
+        layers=1, width=8, heads=2, qkv=8, mlp=16, buckets=(8,), evaluate_every_epochs=1
+    ),
+}
+
+
 def small_task(config='autoencoder', **changes):
-    """A task's config shrunk to two steps on synthetic data."""
+    """A task's config shrunk to eight steps on synthetic data."""
     task = config_of('tasks', config)
-    task.update(
-        source='synthetic', hidden=(8, 3, 8), batch_size=64, epochs=2, warmup_epochs=1, log_every=1
-    )
+    task.update(source='synthetic', batch_size=64, epochs=2, warmup_epochs=1, log_every=1)
+    task.update(SMALL[task.name])
     task.update(changes)
     return task
 
