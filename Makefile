@@ -31,7 +31,7 @@ lint: $(VENV)/test.stamp
 
 # With all of XLA's optimizations, which the others do without.
 test-slow: $(VENV)/test.stamp
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m slow
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n auto -m slow
 
 # What the TPU compiler makes of a step on 256 chips; needs no TPU.
 test-tpu-compile: $(VENV)/tpu-compile.stamp

@@ -165,7 +165,7 @@ def test_worst_trials_are_stopped_at_each_rung(tmp_path):
     assert trials[0]['metric'] == best['train_loss']
 
 
-@pytest.mark.parametrize('together', [1, 2, 4])
+@pytest.mark.parametrize('together', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sweep_does_not_depend_on_how_many_are_trained_together(together, tmp_path):
     task, config = small_task(epochs=5), config_of('optimizers', 'adam')
     alone = sweep.sweep(task, config, random_search(), tmp_path / 'a')
@@ -191,7 +191,10 @@ def test_only_trials_that_differ_in_floats_are_trained_together(tmp_path, monkey
     assert sizes == [2, 2]
 
 
-@pytest.mark.parametrize('after', [1, 3, 5, 6])
+LATER = [pytest.param(n, marks=pytest.mark.slow) for n in (1, 5, 6)]
+
+
+@pytest.mark.parametrize('after', [3, *LATER])
 def test_interrupted_sweep_loses_nothing(after, tmp_path, monkeypatch):
     """Stopped before its nth call of the loop and started again: the same trials and numbers."""
     task, config = small_task(epochs=5), config_of('optimizers', 'adam')
