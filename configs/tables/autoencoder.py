@@ -1,7 +1,6 @@
 """The papers' autoencoder table: final losses after 100 epochs.
 
-The settings are the best of the searches in experiments/results/autoencoder; what is not there is
-the optimizer config's. ``reported`` are the papers' figures, ``confidence`` how sure we are of
+What a row does not set is the optimizer config's. The searches of these rows are still to be run. ``reported`` are the papers' figures, ``confidence`` how sure we are of
 them.
 """
 
