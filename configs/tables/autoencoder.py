@@ -1,7 +1,7 @@
 """The papers' autoencoder table: final losses after 100 epochs.
 
-What a row does not set is the optimizer config's. The searches of these rows are still to be run. ``reported`` are the papers' figures, ``confidence`` how sure we are of
-them.
+What a row does not set is the optimizer config's. The searches of these rows are still to be run.
+``reported`` are the papers' figures, ``confidence`` how sure we are of them.
 """
 
 from ml_collections import config_dict
