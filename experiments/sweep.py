@@ -17,7 +17,6 @@ tagger's best_dev_accuracy, of which it is the largest.
 """
 
 import itertools
-import json
 import math
 import pathlib
 import warnings
@@ -136,7 +135,7 @@ def sweep(
     """
     import optuna
 
-    search = {'rungs': (), 'keep': 1.0, **workdir_lib.plain(search)}
+    search = {'rungs': [], 'keep': 1.0, **workdir_lib.plain(search)}
     search.setdefault('space', workdir_lib.plain(optimizer_config).get('search_space'))
     _check(search, optimizer_config)
     task = train.check(task_config, optimizer_config, data_dir)
@@ -145,10 +144,12 @@ def sweep(
     metrics = sorted({*train.metrics(task), *largest})
     if search['metric'] not in metrics:
         raise ValueError(f'search.metric must be one of {metrics}, got {search["metric"]!r}.')
-    count = search.pop('trials', None) if trials is None else trials
+    given = search.pop('trials', None)
+    count = given if trials is None else trials
     if search['sampler'] == 'grid':
         count = math.prod(len(axis['grid']) for axis in search['space'].values())
-    search = json.loads(json.dumps({k: v for k, v in search.items() if k != 'trials'}))
+    elif not isinstance(count, int) or count < 1:
+        raise ValueError(f'search.trials must be an integer >= 1, got {count!r}.')
     root = pathlib.Path(workdir)
     root.mkdir(parents=True, exist_ok=True)
     study = _open(root, search)

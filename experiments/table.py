@@ -271,7 +271,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(f'--seeds must be integers >= 0, got {",".join(_SEEDS.value)!r}.')
         table = _TABLE.value
         if _EPOCHS.value is not None:
-            table.settings.epochs = _EPOCHS.value
+            with table.unlocked():
+                table.settings.epochs = _EPOCHS.value
         where = (table, flag.workdir, flag.data_dir, _ROWS.value)
         if _STAGE.value == 'search':
             text = search(*where, search=flag.search, trials=flag.trials, together=flag.together)
