@@ -19,6 +19,7 @@ the whole length, in DIR/ROW/finals.
 
 import importlib
 import json
+import math
 import pathlib
 import re
 import statistics
@@ -215,7 +216,7 @@ def _label(row: str, entry: Mapping[str, Any]) -> str:
 
 def _finished(folder: pathlib.Path, label: str) -> list[report.Run]:
     """The runs of a row that are through, by seed."""
-    runs = report.load(sorted(file.parent for file in folder.glob('*/config.json')))
+    runs = report.load(sorted(file.parent for file in folder.glob('seed_*/config.json')))
     return [own._replace(label=label) for own in runs if own.summary]
 
 
@@ -241,10 +242,13 @@ def _line(
     paper = '' if reported is None else f'{reported:.2f} ({entry["confidence"]})'
     if not runs:
         return float('inf'), [name, 'not run', '', paper, *[''] * (len(_COLUMNS) - 4)]
-    seeds = {own.config['task']['seed'] for own in runs}
-    same = [own for own in adam if own.config['task']['seed'] in seeds]
+    seeds, others = ({own.config['task']['seed'] for own in each} for each in (runs, adam))
+    both = seeds & others
+    here, there = (
+        [own for own in each if own.config['task']['seed'] in both] for each in (runs, adam)
+    )
     ratios = [
-        f'{_mean(runs, field) / _mean(same, field):.2f}' if same else ''
+        f'{_mean(here, field) / _mean(there, field):.2f}' if both else ''
         for field in ('seconds', 'state_bytes')
     ]
     cells = [
@@ -259,7 +263,8 @@ def _line(
         ratios[1],
         f'{_mean(runs, "program_bytes") / 2**20:.0f} MiB',
     ]
-    return _mean(runs, 'train_loss'), cells
+    loss = _mean(runs, 'train_loss')
+    return (math.inf if math.isnan(loss) else loss), cells
 
 
 def main(argv: list[str]) -> None:

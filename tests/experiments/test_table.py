@@ -1,6 +1,7 @@
 """A table's driver: what is run, what the cells say, what an interruption costs."""
 
 import json
+import shutil
 
 import pytest
 from ml_collections import config_dict
@@ -73,6 +74,18 @@ def test_rows_are_added_and_none_is_run_twice(small, tmp_path, monkeypatch):
     text = table.run(small, tmp_path)
     assert cells(text)['sgd'][5]
     assert lines(tmp_path / 'sgd/seed_0') == before
+
+
+def test_ratios_are_of_the_seeds_that_both_have(small, tmp_path):
+    """And a search in the same folder is no seed."""
+    table.run(small, tmp_path, rows='adam')
+    table.run(small, tmp_path, rows='sgd', seeds=(0, 1))
+    shutil.copytree(tmp_path / 'sgd/seed_1', tmp_path / 'sgd/000')
+    for row, seed, value in (('adam', 0, 2.0), ('sgd', 0, 3.0), ('sgd', 1, 9.0)):
+        file = tmp_path / row / f'seed_{seed}/summary.json'
+        file.write_text(json.dumps(json.loads(file.read_text()) | {'seconds': value}))
+    found = cells(table.write(small, tmp_path))
+    assert found['sgd'][3:6] == ['2', '6', '1.50']
 
 
 def test_interrupted_table_goes_on(small, tmp_path):
