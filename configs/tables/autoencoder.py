@@ -52,6 +52,7 @@ def get_config() -> config_dict.ConfigDict:
                 shared_basis=_row('shared_basis', label='shared basis, rank 32'),
                 mbag=_row('mbag', label='MBAG'),
                 mbag_n=_row('mbag', dict(root=False), label='MBAG-N'),
+                mbag_ema=_row('mbag', dict(decay=0.99), label='MBAG-EMA'),
                 soaa=_row('soaa', label='SOAA'),
                 block_adam=_row(
                     'block_adam', dict(block_size=16, root_every=10), label='Block Adam, 16'
