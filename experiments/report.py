@@ -3,9 +3,10 @@
 python -m experiments.report DIR... [--output=REPORT]
 
 A DIR is a run's workdir, or a folder with some below it. Writes REPORT.md, REPORT.json and
-REPORT.png (loss by step and by second) and prints the table. Runs that are not through are
-listed with the step they reached. Taggers get a table of their accuracies, with the tagger that
-knows nothing but words beside them, and the ten pairs of tags that the best run confuses most.
+REPORT.png (loss, and accuracy where there is one, by step and by second) and prints the table.
+Runs that are not through are listed with the step they reached. Taggers get a table of their
+accuracies, with the tagger that knows nothing but words beside them, and the ten pairs of tags
+that the best run confuses most.
 """
 
 import json
@@ -174,24 +175,39 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(runs: Sequence[Run], file: pathlib.Path) -> None:
-    """Training loss by step and by second, logarithmic, best run first in the legend."""
+    """Training loss by step and by second, logarithmic, best run first in the legend.
+
+    Below it the accuracy on dev, if any run logged it.
+    """
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout='constrained')
-    for run in (run for run in by_loss(runs) if run.metrics):
-        loss = [math.nan if row['loss'] is None else row['loss'] for row in run.metrics]
-        for axis, x in zip(axes, ('step', 'seconds'), strict=True):
-            axis.plot([row[x] for row in run.metrics], loss, label=run.label, linewidth=1.2)
-    for axis, x in zip(axes, ('step', 'seconds of training'), strict=True):
-        axis.set(xlabel=x, yscale='log')
-        axis.yaxis.set_major_formatter('{x:g}')
-        axis.yaxis.set_minor_formatter('{x:g}')
-        axis.grid(visible=True, which='both', alpha=0.25)
-    axes[0].set_ylabel('training loss, mean since the last log line')
-    axes[0].legend(fontsize='small')
+    quantities = {'loss': 'training loss, mean since the last log line'}
+    if any('dev_accuracy' in row for run in runs for row in run.metrics):
+        quantities['dev_accuracy'] = 'accuracy on dev'
+    figure, grid = pyplot.subplots(
+        len(quantities),
+        2,
+        figsize=(12, 4.5 * len(quantities)),
+        sharey='row',
+        layout='constrained',
+        squeeze=False,
+    )
+    for axes, (name, label) in zip(grid, quantities.items(), strict=True):
+        for run in (run for run in by_loss(runs) if run.metrics):
+            rows = [row for row in run.metrics if name in row]
+            values = [math.nan if row[name] is None else row[name] for row in rows]
+            for axis, x in zip(axes, ('step', 'seconds'), strict=True):
+                axis.plot([row[x] for row in rows], values, label=run.label, linewidth=1.2)
+        for axis, x in zip(axes, ('step', 'seconds of training'), strict=True):
+            axis.set(xlabel=x, yscale='log' if name == 'loss' else 'linear')
+            axis.yaxis.set_major_formatter('{x:g}')
+            axis.yaxis.set_minor_formatter('{x:g}')
+            axis.grid(visible=True, which='both', alpha=0.25)
+        axes[0].set_ylabel(label)
+    grid[0, 0].legend(fontsize='small')
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 

@@ -24,7 +24,7 @@ import pathlib
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_dict, config_flags
@@ -39,18 +39,38 @@ _EPOCHS = flags.DEFINE_integer('epochs', None, "In place of the task's.", lower_
 _BEST = flags.DEFINE_integer('best', 2, 'Trials of each search to run at length.', lower_bound=1)
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds of the parameters and of the shuffling.')
 
+
+class Metric(NamedTuple):
+    """A number of a summary that a table shows."""
+
+    name: str  # in the summary; 'a/b' is b in its group a
+    header: str
+    scale: float = 1.0  # 100 for per cent
+
+    def of(self, summary: Mapping[str, Any]) -> float:
+        """The scaled number; nan where the run left the numbers behind."""
+        value: Any = summary
+        for part in self.name.split('/'):
+            value = value[part]
+        return math.nan if value is None else self.scale * value
+
+
+_COSTS = (
+    (Metric('seconds', 'seconds'), ''),
+    (Metric('state_bytes', 'state bytes'), ''),
+    (Metric('program_bytes', 'memory', 2**-20), ' MiB'),
+)
+# After those of the table's metrics.
 _COLUMNS = (
-    'optimizer',
-    'train loss',
-    'test loss',
     'reported',
     'seeds',
-    'seconds',
-    'to Adam',
-    'state bytes',
-    'to Adam',
-    'memory',
+    *(name for cost, _ in _COSTS for name in (cost.header, 'to Adam')),
 )
+
+
+def metrics_of(table: Mapping[str, Any]) -> list[Metric]:
+    """The columns of a table, the one that it is sorted by first."""
+    return [Metric(*entry) for entry in table['metrics']]
 
 
 def configs_of(
@@ -116,8 +136,8 @@ def search(
         best, ended = found[0], sum('stopped_at' not in trial for trial in found)
         chosen = ', '.join(f'{k}={v:.4g}' for k, v in best['hyperparameters'].items())
         lines.append([row, f'{best["metric"]:.2f}', f'{len(found)}', f'{ended}', chosen])
-    lines.sort(key=lambda line: float(line[1]))
-    return report.markdown(('row', 'loss', 'trials', 'to the end', 'settings'), lines)
+    lines.sort(key=lambda line: float(line[1]), reverse=bool(table.get('largest')))
+    return report.markdown(('row', 'best', 'trials', 'to the end', 'settings'), lines)
 
 
 def finals(
@@ -143,13 +163,13 @@ def finals(
             task, optimizer = configs_of(table, row, seed=0)
             optimizer.update(trial['hyperparameters'])
             wanted.append((row, trial['trial'], task, optimizer))
-    lines = []
+    lines, metrics = [], metrics_of(table)
     for row, trial, task, optimizer in wanted:
         print(f'{row}, trial {trial}', flush=True)
         place = pathlib.Path(folder) / row / 'finals' / trial
-        loss = train.train_and_evaluate(task, optimizer, place, data_dir)['train_loss']
-        lines.append([row, trial, 'nan' if loss is None else f'{loss:.2f}'])
-    return report.markdown(('row', 'trial', 'loss'), lines)
+        summary = train.train_and_evaluate(task, optimizer, place, data_dir)
+        lines.append([row, trial, *(f'{metric.of(summary):.2f}' for metric in metrics)])
+    return report.markdown(('row', 'trial', *(metric.header for metric in metrics)), lines)
 
 
 def run(
@@ -192,12 +212,13 @@ def write(table: Mapping[str, Any], root: pathlib.Path) -> str:
     entries = table['rows']
     runs = {row: _finished(root / row, _label(row, entry)) for row, entry in entries.items()}
     adam = runs.get('adam') or []
-    lines = [_line(_label(row, entries[row]), entries[row], runs[row], adam) for row in entries]
+    lines = [_line(table, row, runs[row], adam) for row in entries]
     lines.sort(key=lambda line: line[0])
     notes = [f'{_label(row, e)}: {e["note"]}' for row, e in entries.items() if e.get('note')]
     every = [own for found in runs.values() for own in found]
+    header = ('optimizer', *(metric.header for metric in metrics_of(table)), *_COLUMNS)
     parts = [
-        report.markdown(_COLUMNS, [cells for _, cells in lines]),
+        report.markdown(header, [cells for _, cells in lines]),
         '\n'.join(notes),
         report.environment_lines(every),
     ]
@@ -220,51 +241,42 @@ def _finished(folder: pathlib.Path, label: str) -> list[report.Run]:
     return [own._replace(label=label) for own in runs if own.summary]
 
 
-def _mean(runs: Sequence[report.Run], name: str) -> float:
-    values = [own.summary.get(name) for own in runs]
-    return statistics.fmean(float('nan') if value is None else value for value in values)
+def _mean(runs: Sequence[report.Run], metric: Metric) -> float:
+    return statistics.fmean(metric.of(own.summary) for own in runs)
 
 
-def _spread(runs: Sequence[report.Run], name: str) -> str:
+def _spread(runs: Sequence[report.Run], metric: Metric) -> str:
     """The mean over the seeds, and half of what lies between the extremes."""
-    values = [own.summary[name] for own in runs]
-    if any(value is None for value in values):
+    values = [metric.of(own.summary) for own in runs]
+    if any(math.isnan(value) for value in values):
         return 'nan'
     half = f' ± {(max(values) - min(values)) / 2:.2f}' if len(values) > 1 else ''
     return f'{statistics.fmean(values):.2f}{half}'
 
 
 def _line(
-    name: str, entry: Mapping[str, Any], runs: Sequence[report.Run], adam: Sequence[report.Run]
+    table: Mapping[str, Any], row: str, runs: Sequence[report.Run], adam: Sequence[report.Run]
 ) -> tuple[float, list[str]]:
     """What a row is sorted by, and its cells; ratios to Adam with the seeds that both have."""
-    reported = entry.get('reported')
+    entry, metrics = table['rows'][row], metrics_of(table)
+    name, reported = _label(row, entry), entry.get('reported')
     paper = '' if reported is None else f'{reported:.2f} ({entry["confidence"]})'
     if not runs:
-        return float('inf'), [name, 'not run', '', paper, *[''] * (len(_COLUMNS) - 4)]
+        blank = [''] * (len(metrics) - 1)
+        return math.inf, [name, 'not run', *blank, paper, *[''] * (len(_COLUMNS) - 1)]
     seeds, others = ({own.config['task']['seed'] for own in each} for each in (runs, adam))
     both = seeds & others
     here, there = (
         [own for own in each if own.config['task']['seed'] in both] for each in (runs, adam)
     )
-    ratios = [
-        f'{_mean(here, field) / _mean(there, field):.2f}' if both else ''
-        for field in ('seconds', 'state_bytes')
-    ]
-    cells = [
-        name,
-        _spread(runs, 'train_loss'),
-        _spread(runs, 'test_loss'),
-        paper,
-        str(len(runs)),
-        f'{_mean(runs, "seconds"):.0f}',
-        ratios[0],
-        f'{_mean(runs, "state_bytes"):,.0f}',
-        ratios[1],
-        f'{_mean(runs, "program_bytes") / 2**20:.0f} MiB',
-    ]
-    loss = _mean(runs, 'train_loss')
-    return (math.inf if math.isnan(loss) else loss), cells
+    costs = []
+    for cost, unit in _COSTS:
+        ratio = f'{_mean(here, cost) / _mean(there, cost):.2f}' if both else ''
+        costs += [f'{_mean(runs, cost):,.0f}{unit}', ratio]
+    cells = [name, *(_spread(runs, metric) for metric in metrics), paper, str(len(runs)), *costs]
+    best = _mean(runs, metrics[0])
+    sign = -1 if table.get('largest') else 1
+    return (math.inf if math.isnan(best) else sign * best), cells
 
 
 def main(argv: list[str]) -> None:

@@ -20,6 +20,8 @@ def get_config() -> config_dict.ConfigDict:
         dict(
             task='autoencoder',
             settings={},  # of the task, where they are not its config's
+            # Of a run's summary, and how the column is called; the rows are sorted by the first.
+            metrics=(('train_loss', 'train loss'), ('test_loss', 'test loss')),
             rows=dict(
                 sgd=_row('sgd', label='SGD, momentum'),
                 adagrad=_row('adagrad', label='AdaGrad'),

@@ -4,11 +4,20 @@ import json
 import shutil
 
 import pytest
+from matplotlib import pyplot
 from ml_collections import config_dict
 
-from configs.tables import autoencoder, autoencoder_bfloat16
+from configs.tables import (
+    autoencoder,
+    autoencoder_bfloat16,
+    pos_tagging,
+    pos_tagging_small,
+    pos_tagging_small_xpos,
+)
 from experiments import table, train
 from tests.experiments.small import config_of, lines, small_task
+
+TAGGERS = (pos_tagging, pos_tagging_small, pos_tagging_small_xpos)
 
 
 @pytest.fixture
@@ -20,6 +29,7 @@ def small():
         dict(
             task='autoencoder',
             settings={name: task[name] for name in names},
+            metrics=autoencoder.get_config().metrics,
             rows=dict(
                 sgd=dict(optimizer='sgd'),
                 adam=dict(optimizer='adam', reported=53.59, confidence='recalled'),
@@ -129,12 +139,35 @@ def test_search_and_finals(small, tmp_path):
         assert trial['hyperparameters'].items() <= held['optimizer'].items()
 
 
-@pytest.mark.parametrize('config', [autoencoder, autoencoder_bfloat16])
+def test_a_table_sorted_by_the_largest(small, tmp_path):
+    """Numbers of a group, scaled; the plot has the accuracy below the loss."""
+    small.rows = {name: small.rows[name] for name in ('sgd', 'adam')}
+    table.run(small, tmp_path)
+    plain = pyplot.imread(tmp_path / 'table.png').shape
+    small.metrics = (('best_dev_accuracy', 'dev %', 100.0), ('at_best_dev/test', 'test'))
+    small.largest = True
+    for row, best in (('sgd', 0.25), ('adam', 0.75)):
+        file = tmp_path / row / 'seed_0/summary.json'
+        numbers = {'best_dev_accuracy': best, 'at_best_dev': {'test': 2 * best}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | numbers))
+        log = tmp_path / row / 'seed_0/metrics.jsonl'
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        log.write_text(''.join(json.dumps(r | {'dev_accuracy': best}) + '\n' for r in rows))
+    text = table.write(small, tmp_path)
+    header, _, first, second = text.splitlines()[:4]
+    names = [cell.strip() for cell in header.strip('|').split('|')]
+    assert names[:4] == ['optimizer', 'dev %', 'test', 'reported']
+    assert [cell.strip() for cell in first.split('|')[1:4]] == ['adam', '75.00', '1.50']
+    assert [cell.strip() for cell in second.split('|')[1:4]] == ['sgd', '25.00', '0.50']
+    assert pyplot.imread(tmp_path / 'table.png').shape[0] == 2 * plain[0]
+
+
+@pytest.mark.parametrize('config', [autoencoder, autoencoder_bfloat16, *TAGGERS])
 def test_committed_tables_can_be_run(config):
     """Each row's settings fit its configs, and a run could start."""
     rows = config.get_config()
     rows.settings.source = 'synthetic'
-    rows.settings.batch_size = 64
+    rows.settings.batch_size = 16 if config in TAGGERS else 64
     for row, entry in rows.rows.items():
         if entry.get('optimizer'):
             train.check(*table.configs_of(rows, row, 0))
