@@ -12,4 +12,5 @@ def get_config() -> config_dict.ConfigDict:
         for figure in ('reported', 'confidence'):  # float32's
             if figure in row:
                 del row[figure]
+    config.rows.adafactor.settings.dtype_momentum = 'bfloat16'
     return config

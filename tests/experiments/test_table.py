@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import pytest
 from matplotlib import pyplot
 from ml_collections import config_dict
@@ -14,7 +15,7 @@ from configs.tables import (
     pos_tagging_small,
     pos_tagging_small_xpos,
 )
-from experiments import table, train
+from experiments import program, table, train
 from tests.experiments.small import config_of, lines, small_task
 
 TAGGERS = (pos_tagging, pos_tagging_small, pos_tagging_small_xpos)
@@ -162,14 +163,39 @@ def test_a_table_sorted_by_the_largest(small, tmp_path):
     assert pyplot.imread(tmp_path / 'table.png').shape[0] == 2 * plain[0]
 
 
-@pytest.mark.parametrize('config', [autoencoder, autoencoder_bfloat16, *TAGGERS])
-def test_committed_tables_can_be_run(config):
-    """Each row's settings fit its configs, and a run could start."""
+COMMITTED = pytest.mark.parametrize('config', [autoencoder, autoencoder_bfloat16, *TAGGERS])
+
+
+def committed_rows(config):
+    """The configs of each row, on synthetic data."""
     rows = config.get_config()
     rows.settings.source = 'synthetic'
     rows.settings.batch_size = 16 if config in TAGGERS else 64
     for row, entry in rows.rows.items():
         if entry.get('optimizer'):
-            train.check(*table.configs_of(rows, row, 0))
+            yield table.configs_of(rows, row, 0)
         else:
             assert entry.note
+
+
+@COMMITTED
+def test_committed_tables_can_be_run(config):
+    """Each row's settings fit its configs, and a run could start."""
+    for configs in committed_rows(config):
+        train.check(*configs)
+
+
+@pytest.mark.slow
+@COMMITTED
+def test_committed_tables_take_a_step(config):
+    """And leave shapes and dtypes as they are, whatever the parameters' dtype."""
+    for configs in committed_rows(config):
+        task = train.check(*configs)
+        run = program.single(task, *configs)
+        carry = jax.eval_shape(run.initial)
+        if task.stream is not None:
+            batch = task.stream.shapes[0]
+        else:
+            batch = task.train_data[: task.batch_size]
+        params, state, _ = jax.eval_shape(run.step, carry.params, carry.opt_state, batch)
+        assert (params, state) == carry[:2]
