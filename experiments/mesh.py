@@ -159,8 +159,9 @@ def left_whole(mesh: Mesh, params: Any, logical_axes: Any) -> list[str]:
     """The axes that a rule would divide and that are whole all the same, for people to read."""
     found = []
     for path, shape, names in _named(params, logical_axes):
-        got = _at(mesh, path, names, shape) if names else ()
-        for size, name, entry in zip(shape, names or (), got, strict=True):
+        if names is None:
+            continue
+        for size, name, entry in zip(shape, names, _at(mesh, path, names, shape), strict=True):
             if name is not None and RULES[name] is not None and entry is None:
                 found.append(f'{path}: {name!r}, {size} entries, on {RULES[name]!r}')
     return found
