@@ -28,7 +28,7 @@ from absl import flags
 
 import precond_optax
 from experiments import main as main_lib
-from experiments import optimizers, program, report, tasks, workdir
+from experiments import optimizers, program, report, segments, tasks, workdir
 
 _LAYERS = flags.DEFINE_list('layers', ['dense_0', 'dense_2', 'dense_3', 'dense_6'], 'Which ones.')
 _WARMUP = flags.DEFINE_integer('warmup', 100, 'Steps before the first that counts.', lower_bound=0)
@@ -68,15 +68,15 @@ def gradients(
     if unknown := [layer for layer in layers if layer not in params]:
         raise ValueError(f'--layers: {unknown} not among {sorted(params)}.')
     carry = program.Carry(params, tx.init(params), jnp.zeros([], jnp.int32))
-    segment = program.make_segment(task, program.make_step(task, tx), seed)
+    segment = segments.make_segment(task, program.make_step(task, tx), seed)
     kept = {k: np.empty((steps, *x.shape), np.float32) for k, x in kernels(params).items()}
     losses = []
     if warmup:
         carry, first = segment(carry, task.train_data, warmup)
-        losses += np.asarray(first).tolist()
+        losses += np.asarray(first['loss']).tolist()
     for step in tqdm.trange(steps, unit='step'):
-        carry, loss = segment(carry, task.train_data, 1)
-        losses += np.asarray(loss).tolist()
+        carry, told = segment(carry, task.train_data, 1)
+        losses += np.asarray(told['loss']).tolist()
         for layer, array in kept.items():
             array[step] = carry.opt_state[0][layer]
     return kept, losses

@@ -3,6 +3,9 @@
 python -m experiments.main --task=configs/tasks/autoencoder.py \\
     --optimizer=configs/optimizers/sonew.py --workdir=DIR --data_dir=DATA \\
     --task.epochs=10 --optimizer.learning_rate=3e-3
+
+On several hosts every process runs this, with --distributed; see experiments/LAUNCH.md. A SIGTERM
+ends the run after the current segment, saved, with exit code 143; the same command resumes it.
 """
 
 import contextlib
@@ -11,10 +14,11 @@ import pathlib
 import re
 from collections.abc import Callable, Iterator
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import train
+from experiments import launch, train
 
 config_flags.DEFINE_config_file('task', None, 'Config file of the task.')
 config_flags.DEFINE_config_file('optimizer', None, 'Config file of the optimizer.')
@@ -22,10 +26,15 @@ flags.DEFINE_string('workdir', None, 'Folder of the run; resumed if it holds one
 flags.DEFINE_string('data_dir', None, 'Folder of the data set, if it needs one.')
 
 
-def refuse_arguments(argv: list[str]) -> None:
-    """Raises ``app.UsageError`` if there are arguments that are no flags."""
+def refuse_arguments(argv: list[str], *, single: bool = False) -> None:
+    """Raises ``app.UsageError`` if there are arguments that are no flags.
+
+    Or, but in the driver of a single run, flags that only that one takes.
+    """
     if len(argv) > 1:
         raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
+    if not single:
+        launch.refuse()
 
 
 @contextlib.contextmanager
@@ -60,11 +69,16 @@ def run(main: Callable[[list[str]], None], *required: str) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs the experiment of the flags and prints its summary."""
-    refuse_arguments(argv)
+    refuse_arguments(argv, single=True)
     flag = flags.FLAGS
-    with clear_errors():
-        experiment = train.prepare(flag.task, flag.optimizer, flag.workdir, flag.data_dir)
-    print(json.dumps(train.train(experiment)))
+    with contextlib.ExitStack() as running:
+        with clear_errors():
+            running.enter_context(launch.processes())
+            task, options = launch.with_mesh(flag.task), launch.options()
+            experiment = train.prepare(task, flag.optimizer, flag.workdir, flag.data_dir, options)
+        summary = train.train(experiment)
+        if jax.process_index() == 0:
+            print(json.dumps(summary))
 
 
 if __name__ == '__main__':

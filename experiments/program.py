@@ -1,14 +1,16 @@
-"""What a run computes: its start, its steps, and several runs in one program."""
+"""What a run computes: its start, one step, and several runs in one program."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+import precond_optax
+from experiments import mesh as mesh_lib
 from experiments import optimizers, tasks
 
 
@@ -20,8 +22,9 @@ class Carry(NamedTuple):
     step: jax.Array  # shape=(), dtype=int32: steps taken
 
 
-# From parameters, the optimizer's state and a batch, the new ones and the loss.
-Step: TypeAlias = Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]
+# From parameters, the optimizer's state and a batch, the new ones and what is told of the step:
+# ``loss``, and ``grad_norm`` where the task wants it.
+Step: TypeAlias = Callable[[Any, Any, Any], tuple[Any, Any, dict[str, jax.Array]]]
 
 
 def make_tx(
@@ -38,133 +41,98 @@ def initial(task: tasks.Task, tx: optax.GradientTransformation, seed: int) -> Ca
     return Carry(params, tx.init(params), jnp.zeros([], jnp.int32))
 
 
-def make_step(task: tasks.Task, tx: optax.GradientTransformation) -> Step:
-    """One step of training."""
-    tx = optax.with_extra_args_support(tx)  # those that take no loss are not given it
+def shardings(task: tasks.Task, tx: optax.GradientTransformation, mesh: Mesh) -> Carry:
+    """Where a run's parameters and state lie in a mesh."""
+    params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    places = mesh_lib.shardings(mesh, params, task.logical_axes)
+    like = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
+    )
+    whole: Any = mesh_lib.whole(mesh)
+    return Carry(places, precond_optax.state_sharding(tx, like), whole)
 
-    def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
-        loss, grads = jax.value_and_grad(task.loss)(params, batch)
+
+def make_step(
+    task: tasks.Task,
+    tx: optax.GradientTransformation,
+    config: Mapping[str, Any] | None = None,
+    places: Any = None,
+) -> Step:
+    """One step of training.
+
+    Args:
+      task: what is trained.
+      tx: its optimizer.
+      config: the task's, for ``accumulation`` and ``log_grad_norm``.
+      places: the parameters' shardings, which their gradients get too.
+
+    Returns:
+      The step.
+    """
+    tx = optax.with_extra_args_support(tx)  # those that take no loss are not given it
+    config = config or {}
+    value_and_grad = gradients(task.loss, config.get('accumulation', 1), places)
+    # One more pass over the gradients: not for the small tasks that never asked for it.
+    norm = config.get('log_grad_norm', task.tokens_per_step > 0)
+
+    def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
+        loss, grads = value_and_grad(params, batch)
+        told = {'loss': loss}
+        if norm:
+            told['grad_norm'] = optax.global_norm(optax.tree.cast(grads, jnp.float32))
         updates, opt_state = tx.update(grads, opt_state, params, value=loss)
-        return optax.apply_updates(params, updates), opt_state, loss
+        return optax.apply_updates(params, updates), opt_state, told
 
     return step
 
 
-def make_segment(task: tasks.Task, step: Step, seed: int) -> Any:
-    """A function of (carry, data, length) that takes ``length`` steps in one compiled scan.
+def gradients(
+    loss: Callable[[Any, Any], jax.Array], count: int, places: Any = None
+) -> Callable[[Any, Any], tuple[jax.Array, Any]]:
+    """The loss and its gradient by the parameters, of so many microbatches one after the other.
 
-    The order of the examples depends on the seed and the epoch only, never on where the run was
-    cut into segments: so a resumed run sees the same batches.
+    Both are means over the microbatches, the gradient summed in float32. A microbatch has every
+    ``count``-th example, so that none leaves its device.
+
+    Args:
+      loss: a task's, see there.
+      count: of microbatches.
+      places: the parameters' shardings.
+
+    Returns:
+      A function of parameters and batch.
     """
-    per_epoch, size = task.steps_per_epoch, task.batch_size
-    order_key = jax.random.fold_in(jax.random.key(seed), 1)
 
-    def order_of(epoch: jax.Array) -> jax.Array:
-        return jax.random.permutation(jax.random.fold_in(order_key, epoch), task.num_train)
+    def placed(tree: Any) -> Any:
+        return tree if places is None else jax.lax.with_sharding_constraint(tree, places)
 
-    def scanned(data: Any, carried: tuple[Carry, jax.Array], _: None) -> Any:
-        (params, opt_state, count), order = carried
-        index = count % per_epoch
-        order = jax.lax.cond(index == 0, lambda: order_of(count // per_epoch), lambda: order)
-        rows = jax.lax.dynamic_slice_in_dim(order, index * size, size)
-        batch = jax.tree.map(lambda x: x[rows], data)
-        params, opt_state, loss = step(params, opt_state, batch)
-        return (Carry(params, opt_state, count + 1), order), loss
+    def whole(params: Any, batch: Any) -> tuple[jax.Array, Any]:
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        return value, placed(grads)
 
-    @functools.partial(jax.jit, static_argnames='length', donate_argnames='carry')
-    def segment(carry: Carry, data: Any, length: int) -> tuple[Carry, jax.Array]:
-        order = order_of(carry.step // per_epoch)
-        (carry, _), losses = jax.lax.scan(
-            functools.partial(scanned, data), (carry, order), length=length
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)  # (8, 3) -> (2, 4, 3) for 2
+        return mesh_lib.constrain(x, (None, 'batch', *(None,) * (x.ndim - 2)))
+
+    def in_parts(params: Any, batch: Any) -> tuple[jax.Array, Any]:
+        leaves, structure = jax.tree.flatten(batch)
+        parts = [split(x) if jnp.ndim(x) else jnp.broadcast_to(x, count) for x in leaves]
+
+        def add(total: Any, part: tuple[jax.Array, list[jax.Array]]) -> tuple[Any, jax.Array]:
+            own = jax.tree.unflatten(structure, part[1])
+            if isinstance(own, dict):
+                own = own | {'microbatch': part[0]}
+            value, grads = whole(params, own)
+            return placed(jax.tree.map(lambda sum_, g: sum_ + g, total, grads)), value
+
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params
         )
-        return carry, losses
+        total, values = jax.lax.scan(add, placed(zeros), (jnp.arange(count), parts))
+        grads = jax.tree.map(lambda sum_, x: (sum_ / count).astype(x.dtype), total, params)
+        return jnp.mean(values), grads
 
-    return segment
-
-
-def memory(compiled: Any) -> int:
-    """Bytes that a compiled program needs: what goes in and comes out, and its workspace.
-
-    0 where the backend does not tell.
-    """
-    sizes = compiled.memory_analysis()
-    if sizes is None:
-        return 0
-    ends = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return ends + sizes.temp_size_in_bytes
-
-
-class Segments(Protocol):
-    """Takes steps, some at a time."""
-
-    def compile(self, carry: Any, lengths: Iterable[int]) -> int:
-        """Compiles what segments of these lengths need, from a carry or its shapes.
-
-        Returns the bytes of the largest program, see `memory`.
-        """
-
-    def __call__(self, carry: Carry, at: int, length: int) -> tuple[Carry, jax.Array]:
-        """From the carry ``at`` a step, the one ``length`` steps on, and all losses."""
-
-
-def make_segments(task: tasks.Task, step: Step, seed: int) -> Segments:
-    """The segments of a task, by where its examples come from."""
-    if task.stream is not None:
-        return _Streamed(task.stream, step)
-    return _Scanned(task.train_data, make_segment(task, step, seed))
-
-
-class _Scanned:
-    """Examples on the device: a segment is one compiled scan."""
-
-    def __init__(self, data: Any, segment: Any) -> None:
-        self._data, self._segment, self._compiled = data, segment, dict[int, Any]()
-
-    def compile(self, carry: Any, lengths: Iterable[int]) -> int:
-        for length in set(lengths):
-            lowered = self._segment.lower(carry, self._data, length=length)
-            self._compiled[length] = lowered.compile()
-        return max(map(memory, self._compiled.values()), default=0)
-
-    def __call__(self, carry: Carry, at: int, length: int) -> tuple[Carry, jax.Array]:
-        return self._compiled[length](carry, self._data)
-
-
-class _Streamed:
-    """Batches from the host: a compiled step for each shape that they have."""
-
-    def __init__(self, stream: tasks.Stream, step: Step) -> None:
-        self._stream, self._compiled = stream, dict[Any, Any]()
-        self._batches: Iterator[Any] = iter(())
-        self._at = -1  # the step of the next of them
-
-        @functools.partial(jax.jit, donate_argnums=0)
-        def stepped(carry: Carry, batch: Any) -> tuple[Carry, jax.Array]:
-            params, opt_state, loss = step(carry.params, carry.opt_state, batch)
-            return Carry(params, opt_state, carry.step + 1), loss
-
-        self._step = stepped
-
-    @staticmethod
-    def _shape(batch: Any) -> Any:
-        return tuple(x.shape for x in jax.tree.leaves(batch))
-
-    def compile(self, carry: Any, lengths: Iterable[int]) -> int:
-        if any(lengths):
-            for like in self._stream.shapes:
-                self._compiled[self._shape(like)] = self._step.lower(carry, like).compile()
-        return max(map(memory, self._compiled.values()), default=0)
-
-    def __call__(self, carry: Carry, at: int, length: int) -> tuple[Carry, jax.Array]:
-        if at != self._at:
-            self._batches = self._stream.batches(at)
-        losses = []
-        for _ in range(length):
-            batch = next(self._batches)
-            carry, loss = self._compiled[self._shape(batch)](carry, batch)
-            losses.append(loss)
-        self._at = at + length
-        return carry, jnp.stack(losses)
+    return whole if count == 1 else in_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,27 +141,31 @@ class Program:
 
     Attributes:
       initial: the carry before the first step.
-      step: for `make_segments`.
+      step: for ``segments.make``.
       split: from a carry, that of each run.
       stack: the inverse of ``split``.
+      shardings: where the carry lies in a mesh; None: on one device.
     """
 
     initial: Callable[[], Carry]
     step: Step
     split: Callable[[Carry], list[Carry]]
     stack: Callable[[Sequence[Carry]], Carry]
+    shardings: Carry | None = None
 
 
 def single(
     task: tasks.Task, config: Mapping[str, Any], optimizer_config: Mapping[str, Any]
 ) -> Program:
     """One run."""
-    tx = make_tx(task, config, optimizer_config)
+    tx, mesh = make_tx(task, config, optimizer_config), mesh_lib.of(config)
+    places = None if mesh is None else shardings(task, tx, mesh)
     return Program(
         initial=lambda: initial(task, tx, config['seed']),
-        step=make_step(task, tx),
+        step=make_step(task, tx, config, None if places is None else places.params),
         split=lambda carry: [carry],
         stack=lambda carries: carries[0],
+        shardings=places,
     )
 
 
@@ -206,7 +178,12 @@ def together(
 
     They share the seed, so each step's batch is the same for all and not copied. ``lax.cond``
     does both branches under ``vmap``: what a method does in few steps, it does in each.
+
+    Raises:
+      ValueError: in a mesh.
     """
+    if mesh_lib.of(config) is not None:
+        raise ValueError('several runs in one program have one device, and no task.mesh.')
     configs = [dict(each) for each in optimizer_configs]
     varied = [n for n, value in configs[0].items() if any(c[n] != value for c in configs)]
     numbers = jnp.arange(len(configs))
@@ -222,9 +199,9 @@ def together(
 
         return make_tx(task, config, {**configs[0], **{name: chosen(name) for name in varied}})
 
-    def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
-        def one(number: jax.Array, params: Any, opt_state: Any) -> tuple[Any, Any, jax.Array]:
-            return make_step(task, tx_of(number))(params, opt_state, batch)
+    def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
+        def one(number: jax.Array, params: Any, opt_state: Any) -> tuple[Any, Any, Any]:
+            return make_step(task, tx_of(number), config)(params, opt_state, batch)
 
         return jax.vmap(one)(numbers, params, opt_state)
 

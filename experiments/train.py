@@ -13,22 +13,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import optax
 import tqdm
+from absl import logging
 
-from experiments import optimizers, tasks
+from experiments import mesh as mesh_lib
+from experiments import optimizers, outcome, preemption, tasks, telemetry
 from experiments import program as program_lib
+from experiments import segments as segments_lib
 from experiments import workdir as workdir_lib
-
-# What an optimizer's state may tell of the run as a whole; logged where it does.
-TOLD = ('trust_region', 'predicted_reduction', 'loss_average')
 
 
 def _check(config: Mapping[str, Any]) -> None:
     """Raises ``ValueError`` for fields of a task that this loop cannot take."""
-    least = dict(
-        epochs=1, log_every=1, checkpoint_every_epochs=1, max_consecutive_errors=0, seed=0
-    )
+    least = dict(epochs=1, log_every=1, max_consecutive_errors=0, seed=0)
+    least |= {name: 1 for name in ('accumulation', 'max_to_keep') if name in config}
+    for what in ('checkpoint', 'evaluate'):
+        given = [f'{what}_every_{unit}' for unit in ('epochs', 'steps')]
+        given = [name for name in given if config.get(name) is not None]
+        if len(given) > 1 or (what == 'checkpoint' and not given):
+            raise ValueError(
+                f'task must have one of {what}_every_epochs and {what}_every_steps, got {given}.'
+            )
+        least |= dict.fromkeys(given, 1)
     for name, low in least.items():
         value = config.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -43,6 +49,7 @@ class Experiment:
     config: Mapping[str, Any]  # the task's
     optimizer_config: Mapping[str, Any]
     run: workdir_lib.Workdir
+    options: telemetry.Options
 
 
 def prepare(
@@ -50,6 +57,7 @@ def prepare(
     optimizer_config: Mapping[str, Any],
     workdir: str | pathlib.Path,
     data_dir: str | None = None,
+    options: telemetry.Options | None = None,
 ) -> Experiment:
     """Checks all inputs and opens the workdir; the arguments are ``train_and_evaluate``'s.
 
@@ -57,10 +65,12 @@ def prepare(
       ValueError: for a wrong configuration, or a workdir that holds another one.
       FileNotFoundError: for missing data.
     """
+    options = options or telemetry.Options()
+    options.check()
     task = check(task_config, optimizer_config, data_dir)
     optimizer_config = optimizers.without_search_space(optimizer_config)
-    run = workdir_lib.Workdir(workdir, task_config, optimizer_config)
-    return Experiment(task, task_config, optimizer_config, run)
+    run = workdir_lib.Workdir(workdir, task_config, optimizer_config, task.artifacts)
+    return Experiment(task, task_config, optimizer_config, run, options)
 
 
 def check(
@@ -70,12 +80,11 @@ def check(
 ) -> tasks.Task:
     """The task, if a run could start; raises what ``prepare`` raises, and writes nothing."""
     _check(task_config)
+    mesh = mesh_lib.of(task_config)
     task = tasks.make(task_config, data_dir)
-    if task.stream is not None and jax.process_count() > 1:
-        raise ValueError(
-            f'{jax.process_count()} processes: each would read its part of a batch, but this loop '
-            'does not put the parts together; run one process.'
-        )
+    if task.validate and _every(task, task_config, 'evaluate') is None:
+        raise ValueError('task must have one of evaluate_every_epochs and evaluate_every_steps.')
+    segments_lib.check(task, mesh, task_config.get('accumulation', 1))
     jax.eval_shape(program_lib.single(task, task_config, optimizer_config).initial)
     return task
 
@@ -110,77 +119,135 @@ def train_together(
     Raises:
       ValueError: if they are not at the same step.
     """
-    task, config, count = experiments[0].task, experiments[0].config, len(experiments)
     runs = [experiment.run for experiment in experiments]
-    log_every, total = config['log_every'], task.num_steps
-    save_every = _interval(task, config, 'checkpoint_every_epochs')
-    validate_every = _interval(task, config, 'evaluate_every_epochs') if task.validate else 0
     with contextlib.ExitStack() as opened:
         for run in runs:
             opened.enter_context(run)
         finished = [summary for run in runs if (summary := run.summary()) is not None]
-        if len(finished) == count:
+        if len(finished) == len(runs):
             return finished
-        program, carry, step, clocks = _resume(experiments)
-        lengths = [min(log_every, total - at) for at in range(step, total, log_every)]
-        segments = program_lib.make_segments(task, program.step, config['seed'])
-        clock = time.perf_counter()
-        program_bytes = segments.compile(carry, lengths)
-        compile_seconds = time.perf_counter() - clock
-        rates = [jax.jit(task.schedule(e.optimizer_config['learning_rate'])) for e in experiments]
+        if (mesh := mesh_lib.of(experiments[0].config)) is not None:
+            opened.enter_context(jax.set_mesh(mesh))
+            _tell_of_whole_axes(experiments[0].task, mesh)
+        stop = opened.enter_context(preemption.Preemption())
+        loop = _Loop(experiments)
+        opened.callback(loop.close)
+        return loop.run(stop, progress and jax.process_index() == 0, stop_after)
 
-        with tqdm.tqdm(total=total, initial=step, unit='step', disable=not progress) as bar:
-            for length in lengths:
-                clock = time.perf_counter()
-                carry, losses = segments(carry, step, length)
-                losses = jax.device_get(losses)  # the one synchronisation of the segment
-                spent = (time.perf_counter() - clock) / count
-                clocks = [seconds + spent for seconds in clocks]
-                step += length
-                numbers = told(carry.opt_state, count)
-                if task.validate and (step % validate_every == 0 or step == total):
-                    for own, part in zip(numbers, program.split(carry), strict=True):
-                        own.update(_numbers(task.validate, part))
-                for i, run in enumerate(runs):
-                    own = losses.reshape(length, count)[:, i]
-                    row = {
-                        'step': step,
-                        'epoch': step / task.steps_per_epoch,
-                        'seconds': clocks[i],
-                        'loss': float(own.mean()),
-                        'last_loss': float(own[-1]),
-                        'learning_rate': float(rates[i](step - 1)),
-                    }
-                    run.log(row | numbers[i])
-                bar.update(length)
-                skipped = sum(own['notfinite'] for own in numbers)
-                bar.set_postfix(loss=f'{losses.mean():.3f}', notfinite=skipped)
-                if step % save_every == 0 or step == total:
-                    for run, part, seconds in zip(runs, program.split(carry), clocks, strict=True):
-                        run.save(step, part, seconds)
-                if stop_after is not None and stop_after <= step < total:
-                    return [{'step': step}] * count
-        compilation = {
-            'compile_seconds': compile_seconds,
+
+class _Loop:
+    """Some runs in one program, from where they are; the arguments are ``train_together``'s."""
+
+    def __init__(self, experiments: Sequence[Experiment]) -> None:
+        self._experiments = experiments
+        self._runs = [experiment.run for experiment in experiments]
+        self._task, self._config = experiments[0].task, experiments[0].config
+        options = experiments[0].options
+        self._program, self._carry, self._step, self._clocks = _resume(experiments)
+        step, total, every = self._step, self._task.num_steps, self._config['log_every']
+        self._lengths = [min(every, total - at) for at in range(step, total, every)]
+        self._segments = segments_lib.make(
+            self._task, self._program.step, self._config['seed'], self._program.shardings
+        )
+        clock = time.perf_counter()
+        program_bytes = self._segments.compile(self._carry, self._lengths)
+        self._compilation = {
+            'compile_seconds': time.perf_counter() - clock,
             'program_bytes': program_bytes,
         }
-        ends = zip(runs, program.split(carry), clocks, strict=True)
+        self._rates = [
+            jax.jit(self._task.schedule(e.optimizer_config['learning_rate'])) for e in experiments
+        ]
+        places: Any = self._program.shardings
+        devices = 1 if places is None else len(places.step.device_set)
+        self._telemetry = telemetry.Telemetry(self._task, devices, options, self._runs[0].path)
+        if options.measure_optimizer and self._lengths:
+            tx = program_lib.make_tx(self._task, self._config, experiments[0].optimizer_config)
+            self._telemetry.measure(tx, self._carry)
+
+    def close(self) -> None:
+        self._telemetry.close()
+
+    def run(
+        self, stop: preemption.Preemption, progress: bool, stop_after: int | None
+    ) -> list[dict[str, Any]]:
+        """Takes the steps that are left; the summaries."""
+        task, total, first = self._task, self._task.num_steps, self._step
+        save_every = _every(task, self._config, 'checkpoint')
+        assert save_every is not None
+        with tqdm.tqdm(total=total, initial=first, unit='step', disable=not progress) as bar:
+            for length in self._lengths:
+                bar.set_postfix(self._segment(length))
+                bar.update(length)
+                preempted = stop.reached(self._step - length, self._step)
+                if self._step % save_every == 0 or self._step == total or preempted:
+                    self._save()
+                if preempted and self._step < total:
+                    raise SystemExit(preemption.EXIT_CODE)
+                if stop_after is not None and stop_after <= self._step < total:
+                    return [{'step': self._step}] * len(self._runs)
+        ends = zip(self._runs, self._program.split(self._carry), self._clocks, strict=True)
         return [
-            run.finish(_summary(task, part, seconds) | _best(task, run, part) | compilation)
+            run.finish(
+                outcome.summary(task, part, seconds)
+                | outcome.best(task, run, part)
+                | self._compilation
+            )
             for run, part, seconds in ends
         ]
 
+    def _segment(self, length: int) -> dict[str, Any]:
+        """Takes some steps, validates if it is time, and logs; what the bar shows."""
+        task, count, watch = self._task, len(self._runs), self._telemetry.watch
+        clock = time.perf_counter()
+        watch.start()
+        self._carry, told = self._segments(self._carry, self._step, length, watch)
+        watch.finish()
+        told = jax.device_get(told)  # the one synchronisation of the segment
+        spent = (time.perf_counter() - clock) / count
+        self._clocks = [seconds + spent for seconds in self._clocks]
+        self._step += length
+        numbers = telemetry.told(self._carry.opt_state, count)
+        every = _every(task, self._config, 'evaluate') if task.validate else None
+        if every and (self._step % every == 0 or self._step == task.num_steps):
+            for own, part in zip(numbers, self._program.split(self._carry), strict=True):
+                own.update(outcome.numbers(task.validate, part))
+        speed = self._telemetry.rates()
+        by_run = {name: x.reshape(length, count) for name, x in told.items()}
+        for i, run in enumerate(self._runs):
+            row = {
+                'step': self._step,
+                'epoch': self._step / task.steps_per_epoch,
+                'seconds': self._clocks[i],
+                'loss': float(by_run['loss'][:, i].mean()),
+                'last_loss': float(by_run['loss'][-1, i]),
+                'learning_rate': float(self._rates[i](self._step - 1)),
+            }
+            if 'grad_norm' in told:
+                row['grad_norm'] = float(by_run['grad_norm'][:, i].mean())
+            run.log(row | speed | numbers[i])
+            self._telemetry.show(i, row | speed | numbers[i])
+        skipped = sum(own['notfinite'] for own in numbers)
+        return {'loss': f'{told["loss"].mean():.3f}', 'notfinite': skipped}
 
-def _interval(task: tasks.Task, config: Mapping[str, Any], name: str) -> int:
-    """The steps of a number of epochs that the config has: whole segments."""
-    log_every = config['log_every']
-    steps = config[name] * task.steps_per_epoch
-    return math.ceil(steps / log_every) * log_every
+    def _save(self) -> None:
+        parts = self._program.split(self._carry)
+        for run, part, seconds in zip(self._runs, parts, self._clocks, strict=True):
+            run.save(self._step, part, seconds)
+
+
+def _every(task: tasks.Task, config: Mapping[str, Any], what: str) -> int | None:
+    """After how many steps: as the config has it in epochs or in steps, in whole segments."""
+    log_every, steps = config['log_every'], config.get(f'{what}_every_steps')
+    if (epochs := config.get(f'{what}_every_epochs')) is not None:
+        steps = epochs * task.steps_per_epoch
+    return None if steps is None else math.ceil(steps / log_every) * log_every
 
 
 def checkpoint_at(experiment: Experiment, part: float) -> int:
     """The first step with a checkpoint at or after a part of the run."""
-    every = _interval(experiment.task, experiment.config, 'checkpoint_every_epochs')
+    every = _every(experiment.task, experiment.config, 'checkpoint')
+    assert every is not None
     return math.ceil(part * experiment.task.num_steps / every) * every
 
 
@@ -195,11 +262,11 @@ def room(experiment: Experiment) -> int:
     """For how many runs like this the device has memory; 1 on CPUs, where more gain nothing."""
     device = jax.devices()[0]
     stats = device.memory_stats()
-    if device.platform == 'cpu' or not stats:
+    if device.platform == 'cpu' or not stats or mesh_lib.of(experiment.config) is not None:
         return 1
     task, config = experiment.task, experiment.config
     program = program_lib.single(task, config, experiment.optimizer_config)
-    segments = program_lib.make_segments(task, program.step, config['seed'])
+    segments = segments_lib.make(task, program.step, config['seed'])
     data = sum(x.nbytes for x in jax.tree.leaves(task.train_data))
     each = segments.compile(jax.eval_shape(program.initial), [1]) - data
     return max(1, int((0.8 * stats['bytes_limit'] - data) // max(each, 1)))
@@ -215,60 +282,37 @@ def _resume(
     if len(experiments) > 1:
         configs = [experiment.optimizer_config for experiment in experiments]
         program = program_lib.together(task, config, configs)
-    shapes = jax.eval_shape(alone.initial)
-    restored = [experiment.run.restore(shapes) for experiment in experiments]
+    like = _placed(jax.eval_shape(alone.initial), alone.shardings)
+    restored = [experiment.run.restore(like) for experiment in experiments]
     carries = [carry for carry, _ in restored if carry is not None]
     steps = {int(carry.step) for carry in carries}
     if carries and (len(steps) > 1 or len(carries) < len(restored)):
         raise ValueError(f'runs go on together from one step; they are at {sorted(steps)}.')
-    carry = program.stack(carries) if carries else jax.jit(program.initial)()
+    if carries:
+        carry = program.stack(carries)
+    else:
+        carry = jax.jit(program.initial, out_shardings=program.shardings)()
     step = int(carry.step)
     for experiment in experiments:
         experiment.run.truncate_metrics(step)
     return program, carry, step, [seconds for _, seconds in restored]
 
 
-def _summary(task: tasks.Task, carry: program_lib.Carry, seconds: float) -> dict[str, Any]:
-    """What is said of a run that is through."""
-    described = task.describe(_evaluated(carry)) if task.describe else {}
-    return {
-        **_numbers(task.evaluate, carry),
-        **described,
-        'steps': task.num_steps,
-        'seconds': seconds,
-        'steps_per_second': task.num_steps / seconds,
-        'num_params': sum(x.size for x in jax.tree.leaves(carry.params)),
-        # Without the counters of the wrapper.
-        'state_bytes': sum(x.nbytes for x in jax.tree.leaves(carry.opt_state.inner_state)),
-        'notfinite': int(carry.opt_state.total_notfinite),
-    }
+def _tell_of_whole_axes(task: tasks.Task, mesh: jax.sharding.Mesh) -> None:
+    params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    for text in mesh_lib.left_whole(mesh, params, task.logical_axes):
+        if jax.process_index() == 0:
+            logging.warning('whole on each device, not divided: %s', text)
 
 
-def _evaluated(carry: program_lib.Carry) -> Any:
-    return optimizers.evaluated(carry.opt_state, carry.params)
-
-
-def _numbers(evaluate: Any, carry: program_lib.Carry) -> dict[str, float]:
-    """What a function of a task says of a run's parameters."""
-    return {name: float(value) for name, value in evaluate(_evaluated(carry)).items()}
-
-
-def _best(task: tasks.Task, run: workdir_lib.Workdir, carry: program_lib.Carry) -> dict[str, Any]:
-    """The best that was logged of what a task tracks, its step, and what was logged with it.
-
-    From the log, which a resumed run has cut to its checkpoint: so a checkpoint holds none of it.
-    """
-    rows = [row for row in workdir_lib.read_metrics(run.path) if row.get(task.tracked) is not None]
-    if task.validate is None or not rows:
-        return {}
-    best = max(rows, key=lambda row: row[task.tracked])  # the first of equal ones
-    split = task.tracked.split('_')[0]
-    names = jax.eval_shape(task.validate, carry.params)
-    return {
-        f'best_{task.tracked}': best[task.tracked],
-        f'best_{split}_step': best['step'],
-        f'at_best_{split}': {name: best[name] for name in names},
-    }
+def _placed(shapes: Any, shardings: program_lib.Carry | None) -> Any:
+    """Shapes with the shardings of a carry; of None, on the first device."""
+    if shardings is None:
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: one, shapes)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
+    )
 
 
 def train_and_evaluate(
@@ -279,6 +323,7 @@ def train_and_evaluate(
     *,
     progress: bool = True,
     stop_after: int | None = None,
+    options: telemetry.Options | None = None,
 ) -> dict[str, Any]:
     """Trains a task with an optimizer, from where ``workdir`` left off.
 
@@ -291,29 +336,15 @@ def train_and_evaluate(
       progress: whether to draw a bar.
       stop_after: stop, without a summary, once this many steps are logged; what came after the
         last checkpoint is run again by the next call.
+      options: what else is measured.
 
     Returns:
       The summary, as in ``summary.json``.
 
     Raises:
+      SystemExit: with exit code 143, after a SIGTERM, when the run is saved.
       ValueError: for a wrong configuration, or a workdir that holds another one.
       FileNotFoundError: for missing data.
     """
-    experiment = prepare(task_config, optimizer_config, workdir, data_dir)
+    experiment = prepare(task_config, optimizer_config, workdir, data_dir, options)
     return train(experiment, progress=progress, stop_after=stop_after)
-
-
-def told(state: optax.ApplyIfFiniteState, count: int) -> list[dict[str, float]]:
-    """The numbers of `TOLD` that are in a state, by their fields' names, for each of its runs.
-
-    Found wherever they are, so the loop needs to know neither the methods nor how an alias or a
-    wrapper nests their states.
-    """
-    found = {name: optax.tree.get(state, name) for name in TOLD}
-    found = {name: number for name, number in found.items() if number is not None}
-    rows = {name: number.reshape(count) for name, number in jax.device_get(found).items()}
-    skipped = jax.device_get(state.total_notfinite).reshape(count)
-    return [
-        {'notfinite': int(skipped[i]), **{name: float(row[i]) for name, row in rows.items()}}
-        for i in range(count)
-    ]

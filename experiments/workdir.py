@@ -6,12 +6,17 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+# How a run is carried out and not what it is: a resumed run may have others. Its numbers are the
+# same to rounding (but see ``Task.loss`` about ``accumulation``).
+CARRIED_OUT = ('mesh', 'accumulation', 'max_to_keep')
 PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy', 'orbax-checkpoint', 'precond_optax')
 
 
@@ -47,6 +52,7 @@ def environment() -> dict[str, Any]:
         'versions': versions,
         'device': jax.devices()[0].device_kind,
         'num_devices': jax.device_count(),
+        'num_processes': jax.process_count(),
         'num_cpus': os.cpu_count(),
         'commit': commit,
     }
@@ -55,13 +61,16 @@ def environment() -> dict[str, Any]:
 class Workdir:
     """Opens a folder for one configuration and keeps everything that a run leaves there.
 
+    Of several processes, which must see one folder, the first writes what is not a checkpoint.
+
     Args:
       path: the folder; made if it is not there.
-      task_config: the task's configuration.
+      task_config: the task's configuration; ``max_to_keep`` checkpoints are kept, 1 if absent.
       optimizer_config: the optimizer's.
+      artifacts: further files of the run.
 
     Raises:
-      ValueError: if the folder holds another configuration.
+      ValueError: if the folder holds another configuration, or other artifacts.
     """
 
     def __init__(
@@ -69,25 +78,37 @@ class Workdir:
         path: str | pathlib.Path,
         task_config: Mapping[str, Any],
         optimizer_config: Mapping[str, Any],
+        artifacts: Mapping[str, bytes] | None = None,
     ) -> None:
         self.path = pathlib.Path(path).absolute()
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f'--workdir={str(path)!r} is a file, a folder is needed.')
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._claim({'task': plain(task_config), 'optimizer': plain(optimizer_config)})
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self._first = jax.process_index() == 0
+
+        def claim() -> None:
+            if self.path.exists() and not self.path.is_dir():
+                raise ValueError(f'--workdir={str(path)!r} is a file, a folder is needed.')
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._claim({'task': plain(task_config), 'optimizer': plain(optimizer_config)})
+            self._keep(artifacts or {})
+
+        _first_process(claim)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=task_config.get('max_to_keep', 1),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,  # of saves that a kill cut off
+        )
         self._manager = ocp.CheckpointManager(self.path / 'checkpoints', options=options)
 
     def __enter__(self) -> 'Workdir':
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._manager.close()
+        self._manager.close()  # waits for a checkpoint that is being written
 
     def _claim(self, config: dict[str, Any]) -> None:
         """Writes the configuration, or checks that the folder holds this very one."""
         file = self.path / 'config.json'
-        here = environment()
+        carried_out = {k: config['task'][k] for k in CARRIED_OUT if k in config['task']}
+        here = {**environment(), **({'carried_out': carried_out} if carried_out else {})}
         if not file.exists():
             if any(self.path.iterdir()):
                 raise ValueError(f'workdir {self.path} is not empty and holds no config.json.')
@@ -103,7 +124,7 @@ class Workdir:
             f'{group}.{key}: {held[group].get(key)!r} there, {config[group].get(key)!r} given'
             for group in ('task', 'optimizer')
             for key in sorted({*held[group], *config[group]})
-            if held[group].get(key) != config[group].get(key)
+            if held[group].get(key) != config[group].get(key) and key not in CARRIED_OUT
         ]
         if differences:
             raise ValueError(
@@ -114,8 +135,21 @@ class Workdir:
         if here not in known and not (self.path / 'summary.json').exists():
             write_json(file, {**held, 'resumed_in': [*known[1:], here]})
 
+    def _keep(self, artifacts: Mapping[str, bytes]) -> None:
+        """Writes the artifacts, or checks that they are those that are there."""
+        for name, content in artifacts.items():
+            file = self.path / name
+            if not file.exists():
+                partial = file.with_suffix(file.suffix + '.partial')
+                partial.write_bytes(content)
+                os.replace(partial, file)
+            elif file.read_bytes() != content:
+                raise ValueError(f'{file} is not what the data give now; the run cannot go on.')
+
     def log(self, row: dict[str, Any]) -> None:
         """Appends a line to ``metrics.jsonl``; on the disk when this returns."""
+        if not self._first:
+            return
         with open(self.path / 'metrics.jsonl', 'a', encoding='utf-8') as file:
             file.write(json.dumps(_finite(row)) + '\n')
             file.flush()
@@ -123,11 +157,18 @@ class Workdir:
 
     def truncate_metrics(self, step: int) -> None:
         """Drops log lines after ``step``: what was logged after the checkpoint is run again."""
+        if not self._first:
+            return
         kept = [json.dumps(row) + '\n' for row in read_metrics(self.path) if row['step'] <= step]
         write_text(self.path / 'metrics.jsonl', ''.join(kept))
 
     def save(self, step: int, carry: Any, seconds: float) -> None:
-        """Saves a checkpoint; on the disk when this returns."""
+        """Saves a checkpoint: read from the devices when this returns, written in the background.
+
+        The last one on the disk is whole until this one is. Waits for the one before.
+        """
+        if self._manager.latest_step() == step:
+            return
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -140,7 +181,10 @@ class Workdir:
         return self._manager.latest_step() or 0
 
     def restore(self, like: Any) -> tuple[Any | None, float]:
-        """The last checkpoint and its clock in seconds; ``(None, 0.0)`` if there is none."""
+        """The last checkpoint and its clock in seconds; ``(None, 0.0)`` if there is none.
+
+        ``like`` says with ``ShapeDtypeStruct`` where each array shall lie, wherever it was.
+        """
         step = self._manager.latest_step()
         if step is None:
             return None, 0.0
@@ -158,9 +202,28 @@ class Workdir:
         return json.loads(file.read_text()) if file.exists() else None
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Writes ``summary.json``: the run is through."""
+        """Writes ``summary.json``: the run is through, and its last checkpoint on the disk."""
+        self._manager.wait_until_finished()
+        if not self._first:
+            return summary
         write_json(self.path / 'summary.json', summary)
         return summary
+
+
+def _first_process(action: Callable[[], None]) -> None:
+    """Does something in the first process; all raise ``ValueError`` if it does."""
+    told = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except ValueError as error:
+            told = error
+    if jax.process_count() > 1:
+        refused = multihost_utils.broadcast_one_to_all(np.array(told is not None))
+        if refused and told is None:
+            raise ValueError('the first process cannot use the workdir, see there.')
+    if told is not None:
+        raise told
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -20,6 +20,10 @@ _MODULES = {
 class Stream:
     """Training batches that come from the host one by one.
 
+    A batch is a tree of NumPy arrays: those with axes have examples along the first, the others,
+    such as the step, are the same for all. Of several processes each has its part of the
+    examples, see ``experiments.mesh.reader``, and ``shapes`` are of such a part.
+
     Attributes:
       num_train: the number of training examples.
       steps_per_epoch: batches in a pass over them.
@@ -40,11 +44,20 @@ class Task:
 
     Its examples come from ``train_data`` or from ``stream``.
 
+    On several processes parameters are arrays of all of them, of which each holds some parts.
+    ``evaluate``, ``validate`` and ``describe`` are then called in all, and must compute the same
+    there in the same order: from NumPy arrays that are the same in each process, by jitted
+    functions. What comes out of these as a scalar can be read as it is; what has axes must be made
+    whole first, ``mesh.constrain(x, (None,) * x.ndim)`` inside of the function.
+
     Attributes:
       batch_size: examples in a step.
       epochs: passes over the data, each in its own order.
       init: from a key, the parameters.
-      loss: from the parameters and a batch, the loss to be minimised, a scalar.
+      loss: from the parameters and a batch, the loss to be minimised, a scalar. With
+        ``accumulation`` in the config it is called for each microbatch, and their mean is taken:
+        so a mean over a varying number of tokens weighs those of a short microbatch more. A
+        batch that is a dict then has ``microbatch`` too, its number, to draw random numbers by.
       schedule: from the peak learning rate, the learning rate by step; with ``anneal=False`` it
         stays at its peak after the warm-up.
       evaluate: from the parameters, the metrics that are reported at the end; jitted by the task.
@@ -57,6 +70,12 @@ class Task:
         with it.
       describe: from the parameters at the end, what else the summary has; of JSON's kinds.
       layout: how the leaves are seen, for the optimizers that take a layout.
+      logical_axes: a tree like the parameters', whose leaves are tuples of names of
+        ``experiments.mesh.RULES``, one per axis. None: in a mesh each device has them all.
+      tokens_per_step: of all processes together; 0: the task does not count tokens.
+      flops_per_token: of the model in a step of training, forward and backward.
+      artifacts: files that belong to the run, by their names, and are written beside its
+        checkpoints.
     """
 
     batch_size: int
@@ -71,6 +90,10 @@ class Task:
     tracked: str = ''
     describe: Callable[[Any], dict[str, Any]] | None = None
     layout: Mapping[str, precond_optax.LeafRule] | None = None
+    logical_axes: Any = None
+    tokens_per_step: int = 0
+    flops_per_token: float = 0.0
+    artifacts: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def num_train(self) -> int:

@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 
 import precond_optax
-from experiments import benchmark, optimizers, report, train
+from experiments import benchmark, optimizers, report, telemetry, train
 from experiments import tasks as tasks_lib
 from experiments import workdir as workdir_lib
 from tests.experiments.small import (
@@ -95,7 +95,7 @@ def test_every_optimizer_is_given_the_loss_of_its_batch(tmp_path):
         assert row['trust_region'] > 0
     assert rows[-1]['predicted_reduction'] > 0
     train.train_and_evaluate(task, config_of('optimizers', 'adam'), tmp_path / 'b', progress=False)
-    assert not set(train.TOLD) & set(lines(tmp_path / 'b')[0])
+    assert not set(telemetry.TOLD) & set(lines(tmp_path / 'b')[0])
 
 
 @pytest.mark.parametrize(('given', 'expected'), [(None, 12), (30, 30)])

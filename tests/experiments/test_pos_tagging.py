@@ -483,15 +483,6 @@ def test_processes_read_parts_of_each_batch(rng):
         source_of(lengths, size=6, shard_count=4)
 
 
-def test_several_processes_are_refused_by_the_loop(monkeypatch):
-    """Their input is there; without global arrays each would train on its own part, unnoticed."""
-    monkeypatch.setattr(jax, 'process_count', lambda: 2)
-    task = tasks.make(small_task('pos_tagging'), None)
-    assert {like['words'].shape[0] for like in task.stream.shapes} == {32}
-    with pytest.raises(ValueError, match='2 processes: each would read its part'):
-        train.check(small_task('pos_tagging'), config_of('optimizers', 'adam'))
-
-
 def test_padding_waste():
     # Two batches of two: lengths 3 and 4 in four places, 4 (left over) and 7 in eight.
     assert batches.padding_waste(np.array([3, 7, 4, 4]), (4, 8), 2) == 1 - 18 / (8 + 16)

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 import precond_optax
+from experiments import mesh
 from experiments.tasks import Task
 from experiments.tasks.pos_tagging import batches, loss, model, reading, vocabulary
 
@@ -28,7 +29,7 @@ _WORST = 10  # pairs of tags in the table of confusions
 
 def _check(config: Mapping[str, Any]) -> None:
     """Raises ``ValueError`` for fields that only this task has."""
-    for name in (*_SIZES, 'batch_size', 'min_count', 'evaluate_every_epochs'):
+    for name in (*_SIZES, 'batch_size', 'min_count'):
         value = config[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f'task.{name} must be an integer >= 1, got {value!r}.')
@@ -75,14 +76,15 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
         split: vocabulary.encode(corpus, vocab) for split, corpus in splits._asdict().items()
     }
     buckets, size, seed = tuple(config['buckets']), config['batch_size'], config['seed']
+    index, count = mesh.reader(config)
     source = batches.Source(
         encoded['train'],
         buckets,
         size,
         config['epochs'],
         seed,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
+        shard_index=index,
+        shard_count=count,
     )
     make = functools.partial(
         model.Tagger,
@@ -103,6 +105,8 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
     def batch_loss(params: Any, batch: Any) -> jax.Array:
         # What is dropped hangs on the seed and the step, so a resumed run drops the same.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), batch['step'])
+        if 'microbatch' in batch:
+            key = jax.random.fold_in(key, batch['microbatch'])
         return loss.mean_loss(logits(params, batch['words'], key), batch['tags'])
 
     def schedule(peak: float, anneal: bool = True) -> optax.Schedule:
@@ -116,16 +120,19 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
         for split, planned in plans.items()
     }
 
+    # Each process has all of these batches. In a mesh the devices divide them, and whoever asks
+    # for what is no scalar is given the whole.
     @jax.jit
-    def count(params: Any, words: jax.Array, tags: jax.Array) -> dict[str, jax.Array]:
+    def counted(params: Any, words: jax.Array, tags: jax.Array) -> dict[str, jax.Array]:
+        words, tags = (mesh.constrain(x, ('batch', 'length')) for x in (words, tags))
         return loss.counts(logits(params, words), words, tags)
 
     @jax.jit
-    def ratios(counted: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-        return loss.ratios(jax.tree.map(lambda *parts: jnp.sum(jnp.stack(parts)), *counted))
+    def ratios(counts: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+        return loss.ratios(jax.tree.map(lambda *parts: jnp.sum(jnp.stack(parts)), *counts))
 
     def metrics(params: Any, split: str) -> dict[str, jax.Array]:
-        found = ratios([count(params, **batch) for batch in held[split]])
+        found = ratios([counted(params, **batch) for batch in held[split]])
         return {f'{split}_{name}': value for name, value in found.items()}
 
     def validate(params: Any) -> dict[str, jax.Array]:
@@ -134,7 +141,10 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
     def evaluate(params: Any) -> dict[str, jax.Array]:
         return {'train_loss': metrics(params, 'train')['train_loss']} | validate(params)
 
-    predict = jax.jit(lambda params, words: jnp.argmax(logits(params, words), axis=-1))
+    @jax.jit
+    def predict(params: Any, words: jax.Array) -> jax.Array:
+        found = jnp.argmax(logits(params, mesh.constrain(words, ('batch', 'length'))), axis=-1)
+        return mesh.constrain(found, (None, None))
 
     def answers(params: Any) -> Iterator[tuple[str, str]]:
         for batch, (_, rows) in zip(held['dev'], plans['dev'], strict=True):
