@@ -26,9 +26,9 @@ TOLD = ('trust_region', 'predicted_reduction', 'loss_average')
 
 def _check(config: Mapping[str, Any]) -> None:
     """Raises ``ValueError`` for fields of a task that this loop cannot take."""
-    least = dict(
-        epochs=1, log_every=1, checkpoint_every_epochs=1, max_consecutive_errors=0, seed=0
-    )
+    unit = 'steps' if 'steps' in config else 'epochs'
+    least = {unit: 1, f'checkpoint_every_{unit}': 1}
+    least |= dict(log_every=1, max_consecutive_errors=0, seed=0)
     for name, low in least.items():
         value = config.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -113,8 +113,8 @@ def train_together(
     task, config, count = experiments[0].task, experiments[0].config, len(experiments)
     runs = [experiment.run for experiment in experiments]
     log_every, total = config['log_every'], task.num_steps
-    save_every = _interval(task, config, 'checkpoint_every_epochs')
-    validate_every = _interval(task, config, 'evaluate_every_epochs') if task.validate else 0
+    save_every = _interval(task, config, 'checkpoint_every')
+    validate_every = _interval(task, config, 'evaluate_every') if task.validate else 0
     with contextlib.ExitStack() as opened:
         for run in runs:
             opened.enter_context(run)
@@ -172,15 +172,15 @@ def train_together(
 
 
 def _interval(task: tasks.Task, config: Mapping[str, Any], name: str) -> int:
-    """The steps of a number of epochs that the config has: whole segments."""
+    """The steps that the config has, as such or as epochs: whole segments."""
     log_every = config['log_every']
-    steps = config[name] * task.steps_per_epoch
+    steps = config.get(f'{name}_steps') or config[f'{name}_epochs'] * task.steps_per_epoch
     return math.ceil(steps / log_every) * log_every
 
 
 def checkpoint_at(experiment: Experiment, part: float) -> int:
     """The first step with a checkpoint at or after a part of the run."""
-    every = _interval(experiment.task, experiment.config, 'checkpoint_every_epochs')
+    every = _interval(experiment.task, experiment.config, 'checkpoint_every')
     return math.ceil(part * experiment.task.num_steps / every) * every
 
 

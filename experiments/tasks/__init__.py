@@ -12,6 +12,7 @@ import precond_optax
 
 _MODULES = {
     'autoencoder': 'experiments.tasks.autoencoder',
+    'language_model': 'experiments.tasks.language_model',
     'pos_tagging': 'experiments.tasks.pos_tagging',
 }
 
@@ -22,7 +23,7 @@ class Stream:
 
     Attributes:
       num_train: the number of training examples.
-      steps_per_epoch: batches in a pass over them.
+      steps_per_epoch: batches in a pass over them; of a run that is given in steps, all of its.
       shapes: a tree of ``ShapeDtypeStruct`` for each shape that a batch can have.
       batches: from a step, the batches from there on; a batch depends on its step alone, so a
         resumed run sees the same ones.
@@ -57,6 +58,11 @@ class Task:
         with it.
       describe: from the parameters at the end, what else the summary has; of JSON's kinds.
       layout: how the leaves are seen, for the optimizers that take a layout.
+      logical_axes: a tree like the parameters' whose leaves are tuples of names of
+        ``experiments.mesh.RULES``, one for each axis. None: all are whole.
+      tokens_per_step: of all devices together; 0 where there is no such thing.
+      flops_per_token: of the model, forward and backward.
+      artifacts: files that belong to the run, written beside its checkpoints.
     """
 
     batch_size: int
@@ -71,6 +77,10 @@ class Task:
     tracked: str = ''
     describe: Callable[[Any], dict[str, Any]] | None = None
     layout: Mapping[str, precond_optax.LeafRule] | None = None
+    logical_axes: Any = None
+    tokens_per_step: int = 0
+    flops_per_token: float = 0.0
+    artifacts: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def num_train(self) -> int:
