@@ -85,8 +85,10 @@ class Source:
             )
         self._size, self._share, self._steps = size, size // shard_count, steps
         self._first = shard_index * self._share
-        # Orders are computed place by place, not drawn and kept: any length, no start-up.
-        self._rows = grain.MapDataset.source(rows).shuffle(seed=seed).repeat()
+        # Orders are computed place by place, not drawn and kept: any length, no start-up. Grain
+        # adds the number of the pass to the seed, so neighbouring seeds would share orders.
+        start = int(np.random.SeedSequence(seed).generate_state(1)[0]) // 2
+        self._rows = grain.MapDataset.source(rows).shuffle(seed=start).repeat()
         like = jax.ShapeDtypeStruct((self._share, len(rows[0]['inputs'])), np.int32)
         self.shape = {'inputs': like, 'targets': like}
 

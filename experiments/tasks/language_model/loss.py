@@ -18,7 +18,7 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.
     """
     log_z = jax.nn.logsumexp(logits, axis=-1)
     # A sum, not a look-up: logits that are cut along the vocabulary stay where they are.
-    places = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     right = jnp.sum(jnp.where(places == targets[..., None], logits, 0), axis=-1)
     return log_z - right, log_z
 
