@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from configs.tasks import language_model as config
 from experiments import mesh, optimizers
 from experiments.tasks import language_model as task
 from experiments.tasks.language_model import loss, model
+from tests import compiled
 from tests.experiments.small import config_of
 
 
@@ -84,8 +86,10 @@ def test_a_billion_parameters_are_cut_evenly(fsdp, tensor):
     sizes = {'data': 1, 'fsdp': fsdp, 'tensor': tensor}
     shapes, names = model.shapes(of('1b')), model.logical_axes(of('1b'))
 
+    lengths = dict(layers=32, embed=1536, heads=12, head_dim=128, mlp=4096, vocab=32768)
+
     def check(leaf, axes):
-        assert len(axes) == len(leaf.shape)
+        assert leaf.shape == tuple(lengths[axis] for axis in axes)
         rules = [mesh.RULES[axis] for axis in axes]
         pieces = [sizes[rule] if rule else 1 for rule in rules]
         assert all(n % p == 0 for n, p in zip(leaf.shape, pieces, strict=True))
@@ -94,6 +98,7 @@ def test_a_billion_parameters_are_cut_evenly(fsdp, tensor):
     jax.tree.map(check, shapes, names, is_leaf=lambda x: isinstance(x, tuple))
 
 
+COLLECTIVE = '|'.join(compiled.KINDS)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 
 
@@ -101,7 +106,7 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 def test_loss_and_gradients_in_a_mesh_are_one_device_s(shape):
     sizes = of('tiny', compute_dtype=jnp.dtype('float32'), tied=False, end=256)
     params = jax.jit(functools.partial(model.init, sizes))(jax.random.key(0))
-    tokens = np.random.default_rng(0).integers(258, size=(8, 33))
+    tokens = np.random.default_rng(0).integers(258, size=(8, 41))
     batch = {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:]}
     forward = model.forward(sizes)
 
@@ -126,6 +131,11 @@ def test_loss_and_gradients_in_a_mesh_are_one_device_s(shape):
     )
     # Each device has its rows and its part of heads, hidden units and tokens, and no more.
     rows, tensor = 8 // (shape[0] * shape[1]), shape[2]
-    for pieces in ((32, 384 // tensor), (32, 192 // tensor)):
+    for pieces in ((40, 384 // tensor), (40, 192 // tensor), (40, 4 // tensor, 16)):
         assert f'f32[{rows},{",".join(map(str, pieces))}]' in text
-    assert not any(f'f32[8,32,{columns}]' in text for columns in (384, 192))
+    assert not any(f'f32[8,40,{columns}]' in text for columns in (384, 192))
+    # Only parameters are gathered, and activations nothing but summed.
+    assert set(re.findall(COLLECTIVE, text)) <= {'all-gather', 'all-reduce', 'reduce-scatter'}
+    gathered = re.findall(r'= \(?(.*?) all-gather', text)
+    assert bool(gathered) == (shape[1] > 1)
+    assert not any('40' in re.findall(r'\d+', result) for result in gathered)
