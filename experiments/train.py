@@ -25,7 +25,8 @@ from experiments import workdir as workdir_lib
 
 def _check(config: Mapping[str, Any]) -> None:
     """Raises ``ValueError`` for fields of a task that this loop cannot take."""
-    least = dict(epochs=1, log_every=1, max_consecutive_errors=0, seed=0)
+    least = {'steps' if 'steps' in config else 'epochs': 1}
+    least |= dict(log_every=1, max_consecutive_errors=0, seed=0)
     least |= {name: 1 for name in ('accumulation', 'max_to_keep') if name in config}
     for what in ('checkpoint', 'evaluate'):
         given = [f'{what}_every_{unit}' for unit in ('epochs', 'steps')]

@@ -12,6 +12,7 @@ import precond_optax
 
 _MODULES = {
     'autoencoder': 'experiments.tasks.autoencoder',
+    'language_model': 'experiments.tasks.language_model',
     'pos_tagging': 'experiments.tasks.pos_tagging',
 }
 
@@ -26,7 +27,7 @@ class Stream:
 
     Attributes:
       num_train: the number of training examples.
-      steps_per_epoch: batches in a pass over them.
+      steps_per_epoch: batches in a pass over them; of a run that is given in steps, all of its.
       shapes: a tree of ``ShapeDtypeStruct`` for each shape that a batch can have.
       batches: from a step, the batches from there on; a batch depends on its step alone, so a
         resumed run sees the same ones.

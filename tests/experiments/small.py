@@ -13,18 +13,27 @@ def config_of(kind, name):
     return importlib.import_module(f'configs.{kind}.{name}').get_config()
 
 
+# fmt: off
 SMALL = {
     'autoencoder': dict(hidden=(8, 3, 8)),
+    'language_model': dict(
+        layers=1, width=8, heads=2, kv_heads=1, mlp=16, vocab_size=264, length=8, steps=4,
+        warmup_steps=1, checkpoint_every_steps=2, evaluate_every_steps=2, evaluate_batches=2,
+        compute_dtype='float32',
+    ),
     'pos_tagging': dict(
         layers=1, width=8, heads=2, qkv=8, mlp=16, buckets=(8,), evaluate_every_epochs=1
     ),
 }
+# fmt: on
 
 
 def small_task(config='autoencoder', **changes):
     """A task's config shrunk to eight steps on synthetic data."""
     task = config_of('tasks', config)
-    task.update(source='synthetic', batch_size=64, epochs=2, warmup_epochs=1, log_every=1)
+    task.update(source='synthetic', batch_size=64, log_every=1)
+    if 'epochs' in task:
+        task.update(epochs=2, warmup_epochs=1)
     task.update(SMALL[task.name])
     task.update(changes)
     return task

@@ -66,8 +66,8 @@ def pairs():
     """Tasks and optimizers. The small configs shrink to what the large ones do."""
     for task in TASKS:
         for optimizer in OPTIMIZERS:
-            if task in ('autoencoder', 'pos_tagging') or optimizer == 'sonew':
-                slow = task == 'pos_tagging' and optimizer not in FEW
+            if task in ('autoencoder', 'language_model', 'pos_tagging') or optimizer == 'sonew':
+                slow = task != 'autoencoder' and optimizer not in FEW
                 yield pytest.param(task, optimizer, marks=[pytest.mark.slow] if slow else [])
 
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.tasks import prepared
+
 COLUMNS = {'upos': 3, 'xpos': 4}  # of CoNLL-U, from 0
 SOURCES = ('conllu', 'synthetic', 'tfds')
 
@@ -141,22 +143,9 @@ def read(path: pathlib.Path, tags: str) -> Corpus:
 
 def _read_tfds(config: str | None, split: str, tags: str, data_dir: str | None) -> Corpus:
     """A split of TFDS's ``universal_dependencies``, prepared as array_record: no TensorFlow."""
-    import tensorflow_datasets as tfds
-
     if not config:
         raise ValueError("source 'tfds' needs task.tfds_config, such as 'grc_perseus'.")
-    root = None if data_dir is None else pathlib.Path(data_dir)
-    if root is not None and (root / 'tensorflow_datasets').is_dir():
-        root /= 'tensorflow_datasets'
-    name = f'universal_dependencies/{config}'
-    try:
-        source = tfds.data_source(
-            name, split=split, data_dir=None if root is None else str(root), download=False
-        )
-    except (AssertionError, NotImplementedError, tfds.core.DatasetNotFoundError) as error:
-        raise FileNotFoundError(
-            f'{name} is not prepared in {root or "the folder of TFDS"}: {error}'
-        ) from error
+    source = prepared.data_source(f'universal_dependencies/{config}', split, data_dir)
     names = source.dataset_info.features['upos'].feature.names
     return tuple(_from_tfds(example, tags, names) for example in source)
 

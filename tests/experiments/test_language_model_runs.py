@@ -1,0 +1,187 @@
+"""The language model as a task: what it evaluates, refuses, keeps and resumes."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from configs.tasks import language_model as config
+from experiments import program, tasks, train
+from experiments.tasks import language_model as task_lib
+from experiments.tasks.language_model import batches, model, reading, tokens
+from tests.experiments.small import config_of, lines, small_task, without_clock
+from tests.experiments.test_drivers import main
+from tests.experiments.test_language_model_data import SIZE, folder_of
+
+pytest.importorskip('sentencepiece')
+
+
+# Tasks.
+
+
+def lm(**changes):
+    return small_task('language_model', **changes)
+
+
+def test_task_s_numbers(tmp_path):
+    root = folder_of(tmp_path, a='abcdefghij' * 20, b='klm' * 40)
+    files = dict(source='text', files=('*.txt',), validation_fraction=0.1)
+    task = tasks.make(lm(**files, batch_size=3, steps=5), root)
+    # Two documents between three ends; a token more than the rows' own.
+    assert task.num_train == (180 + 108 + 3 - 1) // 8
+    assert (task.num_steps, task.steps_per_epoch, task.epochs) == (5, 5, 1)
+    assert task.tokens_per_step == 24
+    assert task.flops_per_token == model.flops_per_token(task_lib.sizes(lm()), 8)
+    assert task.artifacts == {}
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    names = jax.tree.map(len, task.logical_axes, is_leaf=lambda x: isinstance(x, tuple))
+    assert names == jax.tree.map(lambda x: len(x.shape), params)
+
+
+def test_tokenizer_is_an_artifact():
+    task = tasks.make(lm(tokenizer='sentencepiece', vocab_size=SIZE), None)
+    documents = reading.load('synthetic', validation_fraction=0.02)
+    assert task.artifacts == {'tokenizer.model': tokens.train(documents.train, SIZE)}
+
+
+def test_evaluation_is_that_of_all_rows():
+    """Against one row at a time; bits per byte from the bytes of the text itself."""
+    made = lm(
+        evaluate_batches=0, batch_size=16, tokenizer='sentencepiece', vocab_size=SIZE, z_loss=0.1
+    )
+    task = tasks.make(made, None)
+    params = task.init(jax.random.key(3))
+    documents = reading.load('synthetic', validation_fraction=0.02).validation
+    tokenizer = tokens.SentencePiece(task.artifacts['tokenizer.model'])
+    stream = batches.pack(documents, tokenizer)
+    call, nats = jax.jit(model.forward(task_lib.sizes(made))), []
+    used = (len(stream) - 1) // 8 * 8
+    for i in range(0, used, 8):
+        logits = np.float64(call(params, stream[None, i : i + 8].astype(np.int32))[0])
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        nats += [-np.log(p[t, stream[i + t + 1]]) for t in range(8)]
+    text = tokenizer.decode(int(t) for t in stream[1 : used + 1] if t != tokenizer.end)
+    found = {name: float(value) for name, value in task.evaluate(params).items()}
+    assert found['validation_loss'] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert found['validation_perplexity'] == pytest.approx(np.exp(np.mean(nats)), rel=1e-5)
+    bits = sum(nats) / len(text.encode()) / math.log(2)
+    assert found['validation_bits_per_byte'] == pytest.approx(bits, rel=1e-5)
+    assert set(task.validate(params)) == set(found) - {'train_loss'}
+    assert found['train_loss'] == pytest.approx(np.mean(nats), rel=0.1)
+    batch = next(task.stream.batches(0))
+    assert task.loss(params, batch) > found['train_loss'] + 0.1 * 20, 'z-loss is in the loss'
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(source='mnist'), r"task.source must be one of .*, got 'mnist'"),
+        (dict(source='text', files=()), r'task.files must be one file or more'),
+        (dict(source='tfds', tfds_name=''), 'needs task.tfds_name'),
+        (dict(source='tfds', tfds_splits=('a', 'b', 'c')), 'one or two task.tfds_splits'),
+        (dict(validation_fraction=1.0), r'task.validation_fraction must be in \(0, 1\), got 1.0'),
+        (dict(length=10_000), r'the validation text has \d+ tokens; a row of task.length=10000'),
+        (dict(length=20_000), r'the train text has 15\d+ tokens; .* need 20001'),
+        (dict(tokenizer='words'), r"task.tokenizer must be one of .*, got 'words'"),
+        (dict(vocab_size=256), 'task.vocab_size must be at least 257, .* got 256'),
+        (dict(tokenizer='sentencepiece', vocab_size=200), r'no SentencePiece model with .*=200'),
+        (dict(tokenizer='sentencepiece', vocab_size=99_999), r'model with .*=99999 .*too high'),
+        (dict(heads=3), 'task.width must be an even multiple of task.heads, .* got 8, 3 and 1'),
+        (dict(kv_heads=3), 'task.heads a multiple of task.kv_heads, got 8, 2 and 3'),
+        (dict(batch_size=0), 'task.batch_size must be an integer >= 1, got 0'),
+        (dict(steps=0), 'task.steps must be an integer >= 1, got 0'),
+        (dict(evaluate_batches=-1), 'task.evaluate_batches must be an integer >= 0, got -1'),
+        (dict(remat='some'), r"task.remat must be one of .*, got 'some'"),
+        (dict(attention='flash'), r"task.attention must be one of .*, got 'flash'"),
+        (dict(compute_dtype='float16'), r"task.compute_dtype must be one of .*, got 'float16'"),
+        (dict(warmup_steps=5), r'task.warmup_steps must be in \[0, task.steps = 4\], got 5'),
+        (dict(decay='step'), r"task.decay must be one of .*, got 'step'"),
+        (dict(final_fraction=2.0), r'task.final_fraction must be in \[0, 1\], got 2.0'),
+        (dict(z_loss=-1.0), r'task.z_loss must be a number >= 0, got -1.0'),
+        (dict(rotary_base=1.0), r'task.rotary_base must be above 1, got 1.0'),
+        (dict(checkpoint_every_steps=0), 'task.checkpoint_every_steps must be an integer >= 1'),
+    ],
+)
+def test_bad_config(changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.check(lm(**changes), config_of('optimizers', 'adam'))
+
+
+# Runs.
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A run's task, its folder and its summary."""
+    task = lm(steps=6, batch_size=8, mask_documents=True)
+    folder = tmp_path_factory.mktemp('whole')
+    adam = config_of('optimizers', 'adam')
+    return task, folder, train.train_and_evaluate(task, adam, folder, progress=False)
+
+
+def test_resumed_run_is_the_same_bit_for_bit(whole, tmp_path):
+    task, folder, summary = whole
+    adam = config_of('optimizers', 'adam')
+    assert train.train_and_evaluate(task, adam, tmp_path, progress=False, stop_after=3)
+    resumed = train.train_and_evaluate(task, adam, tmp_path, progress=False)
+    assert without_clock([resumed]) == without_clock([summary])
+    assert without_clock(lines(tmp_path)) == without_clock(lines(folder))
+
+
+def test_what_a_run_tells(whole):
+    _, folder, summary = whole
+    assert summary['tokens_seen'] == 6 * 8 * 8
+    assert summary['passes'] == pytest.approx(384 / summary['train_tokens'])
+    assert [row['step'] for row in lines(folder) if 'validation_loss' in row] == [2, 4, 6]
+    assert lines(folder)[-1]['validation_loss'] == summary['validation_loss']
+
+
+def test_loss_falls(tmp_path):
+    """On made-up text: from ln 264 = 5.6 to below that of single letters."""
+    task = lm(width=32, mlp=64, length=16, batch_size=16, steps=60, log_every=5)
+    adam = config_of('optimizers', 'adam')
+    adam.learning_rate = 1e-2
+    summary = train.train_and_evaluate(task, adam, tmp_path, progress=False)
+    assert lines(tmp_path)[0]['loss'] > 3.5
+    assert summary['validation_loss'] < 2.2
+
+
+def test_size_after_a_colon(tmp_path):
+    arguments = ('--optimizer=configs/optimizers/adam.py', f'--workdir={tmp_path / "run"}')
+    tiny = '--task=configs/tasks/language_model.py:tiny'
+    done = main(
+        tiny, '--task.source=synthetic', '--task.steps=2', '--task.warmup_steps=1', *arguments
+    )
+    assert '"num_params": 131456' in done.stdout, done.stderr
+    done = main('--task=configs/tasks/language_model.py:2b', *arguments)
+    assert done.returncode != 0
+    assert "the sizes of the language model are ['tiny'," in done.stderr
+
+
+# Real data.
+
+
+@pytest.mark.parametrize(
+    ('name', 'peak'),
+    [
+        ('adamw', 3e-3),
+        ('adafactor', 3e-2),
+        ('sonew', 3e-3),
+        ('shared_basis', 3e-3),
+        ('muon', 1e-2),
+    ],
+)
+def test_real_text(name, peak, data_dir):
+    """Thirty steps of `tiny` on tinyshakespeare, from ln 384 = 6 to below 4 nats."""
+    task_config, optimizer = config.get_config('tiny'), config_of('optimizers', name)
+    task_config.update(steps=30, warmup_steps=5)
+    optimizer.learning_rate = peak
+    task = tasks.make(task_config, data_dir)
+    tx = program.make_tx(task, task_config, optimizer)
+    carry = program.initial(task, tx, 0)
+    segments = program.make_segments(task, program.make_step(task, tx), 0)
+    segments.compile(carry, [30])
+    _, losses = segments(carry, 0, 30)
+    assert losses[0] > 5.5
+    assert np.mean(losses[-5:]) < 4.0
