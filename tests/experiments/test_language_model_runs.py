@@ -13,6 +13,7 @@ from experiments.tasks.language_model import batches, model, reading, tokens
 from tests.experiments.small import config_of, lines, small_task, without_clock
 from tests.experiments.test_drivers import main
 from tests.experiments.test_language_model_data import SIZE, folder_of
+from tests.experiments.test_trainer_processes import Two, assert_same_curve
 
 pytest.importorskip('sentencepiece')
 
@@ -185,3 +186,33 @@ def test_real_text(name, peak, data_dir):
     _, losses = segments(carry, 0, 30)
     assert losses[0] > 5.5
     assert np.mean(losses[-5:]) < 4.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('mesh', 'optimizer'),
+    [('2,2,2', 'adamw'), ('2,2,2', 'sonew'), ('2,2,2', 'shared_basis'), ('1,4,2', 'adafactor')],
+)
+def test_two_processes_equal_one_device(mesh, optimizer, tmp_path):
+    """The smallest size on two processes with four devices each; one device has no mesh."""
+    changes = dict(source='synthetic', compute_dtype='float32', steps=6, warmup_steps=2)
+    changes |= dict(log_every=1, checkpoint_every_steps=3, evaluate_every_steps=3)
+    flags = ['--task=configs/tasks/language_model.py:tiny']
+    flags += [f'--task.{name}={value}' for name, value in changes.items()]
+    flags += [f'--optimizer=configs/optimizers/{optimizer}.py']
+    with Two(tmp_path / 'two', *flags, f'--mesh={mesh}', module='experiments.main') as run:
+        assert run.codes() == [0, 0], run.told()
+    made = config.get_config('tiny')
+    made.update(changes, mesh=dict(data=1, fsdp=1, tensor=1))
+    one_device = [jax.devices()[0]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'devices', lambda *_: one_device)
+        train.train_and_evaluate(
+            made, config_of('optimizers', optimizer), tmp_path / 'one', progress=False
+        )
+    assert_same_curve(tmp_path / 'two', tmp_path / 'one')
+    rows = lines(tmp_path / 'two')
+    expected = lines(tmp_path / 'one')
+    for name in ('grad_norm', 'validation_loss'):
+        got, wanted = ([row[name] for row in log if name in row] for log in (rows, expected))
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, err_msg=name)
