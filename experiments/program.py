@@ -79,7 +79,7 @@ def make_step(
         loss, grads = value_and_grad(params, batch)
         told = {'loss': loss}
         if norm:
-            told['grad_norm'] = optax.global_norm(optax.tree.cast(grads, jnp.float32))
+            told['grad_norm'] = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
         updates, opt_state = tx.update(grads, opt_state, params, value=loss)
         return optax.apply_updates(params, updates), opt_state, told
 

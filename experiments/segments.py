@@ -139,6 +139,25 @@ class _Scanned:
         return carry, told
 
 
+def single_step(step: Step, shardings: Carry | None) -> Any:
+    """A function of carry and batch that takes one step, jitted; the carry is donated."""
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=_results(shardings))
+    def stepped(carry: Carry, batch: Any) -> tuple[Carry, Told]:
+        params, opt_state, told = step(carry.params, carry.opt_state, batch)
+        return Carry(params, opt_state, carry.step + 1), told
+
+    return stepped
+
+
+def placed(x: Any, mesh: Mesh, parts: int) -> jax.ShapeDtypeStruct:
+    """An array of a batch as it is in a mesh, with the parts of all who read some."""
+    if not x.shape:
+        return jax.ShapeDtypeStruct((), x.dtype, sharding=mesh_lib.whole(mesh))
+    shape = (x.shape[0] * parts, *x.shape[1:])
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=mesh_lib.batch(mesh))
+
+
 class _Streamed:
     """Batches from the host: a compiled step for each shape that they have."""
 
@@ -149,35 +168,20 @@ class _Streamed:
         self._batches: Iterator[Any] = iter(())
         self._at = -1  # the step of the next of them
 
-        @functools.partial(jax.jit, donate_argnums=0, out_shardings=_results(shardings))
-        def stepped(carry: Carry, batch: Any) -> tuple[Carry, Told]:
-            params, opt_state, told = step(carry.params, carry.opt_state, batch)
-            return Carry(params, opt_state, carry.step + 1), told
-
-        self._step = stepped
+        self._step = single_step(step, shardings)
 
     @staticmethod
     def _shape(batch: Any) -> Any:
         return tuple(x.shape for x in jax.tree.leaves(batch))
 
-    def _place(self, x: Any) -> tuple[Any, tuple[int, ...]]:
-        """Where an array of the batch lies, and its shape with the parts of all processes."""
-        assert self._mesh is not None
-        if not x.shape:
-            return mesh_lib.whole(self._mesh), ()
-        return mesh_lib.batch(self._mesh), (x.shape[0] * self._parts, *x.shape[1:])
-
     def _like(self, x: Any) -> Any:
-        if self._mesh is None:
-            return x
-        place, shape = self._place(x)
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=place)
+        return x if self._mesh is None else placed(x, self._mesh, self._parts)
 
     def _put(self, x: Any) -> Any:
         if self._mesh is None:
             return x
-        place, shape = self._place(x)
-        return jax.make_array_from_process_local_data(place, np.asarray(x), shape)
+        like = placed(x, self._mesh, self._parts)
+        return jax.make_array_from_process_local_data(like.sharding, np.asarray(x), like.shape)
 
     def compile(self, carry: Any, lengths: Iterable[int]) -> int:
         if any(lengths):

@@ -75,8 +75,8 @@ LEAF_SIZE = 8192 * 8192
 COUNT = sum(math.prod(shape) for shape, _ in LANGUAGE_MODEL.values())
 
 
-def pod_mesh(topology: str = 'v5e:16x16') -> Mesh:
-    """All chips of a TPU topology, which need not be there, as a ('data', 'model') mesh."""
+def pod_devices(topology: str) -> np.ndarray:
+    """All chips of a TPU topology, which need not be there, in its shape."""
     # Else libtpu asks a server that TPU machines have, and complains at length.
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
     os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-256')
@@ -85,11 +85,12 @@ def pod_mesh(topology: str = 'v5e:16x16') -> Mesh:
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
     described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
     shape = tuple(int(size) for size in topology.split(':')[1].split('x'))
-    return Mesh(
-        np.array(described.devices).reshape(shape),
-        ('data', 'model'),
-        axis_types=(AxisType.Auto,) * 2,
-    )
+    return np.array(described.devices).reshape(shape)
+
+
+def pod_mesh(topology: str = 'v5e:16x16') -> Mesh:
+    """Those of a topology with two axes as a ('data', 'model') mesh."""
+    return Mesh(pod_devices(topology), ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
 
 
 def language_model(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
