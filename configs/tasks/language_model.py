@@ -3,7 +3,7 @@
 All share their architecture; what a size has is in `SIZES`. Parameters, with the embedding:
 
   tiny    0.1M   bytes; tinyshakespeare: for tests and a first look on a CPU
-  small   25M    a CPU for an hour, the novels
+  small   25M    from here on the novels
   base    124M
   large   342M
   1b      1.01B
@@ -47,7 +47,7 @@ SIZES: dict[str, dict[str, Any]] = {
         vocab_size=8192,
         tied=True,
         **_NOVELS,
-        length=512,
+        length=256,
         batch_size=16,
         steps=2000,
         warmup_steps=200,

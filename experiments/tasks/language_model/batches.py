@@ -1,6 +1,7 @@
 """A stream of tokens cut into rows, and the rows of each step."""
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ from experiments.tasks import Stream
 from experiments.tasks.language_model.tokens import Tokenizer
 
 
-def pack(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
+@functools.cache  # a sweep tokenises its text once
+def pack(documents: tuple[str, ...], tokenizer: Tokenizer) -> np.ndarray:
     """All documents one after the other, with the end of a document before, between and after.
 
     So the first token of each is foretold from an end, and so is that of the whole.
@@ -20,7 +22,9 @@ def pack(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     parts = [end]
     for text in documents:
         parts += [tokenizer.encode(text).astype(kind), end]
-    return np.concatenate(parts)
+    packed = np.concatenate(parts)
+    packed.flags.writeable = False
+    return packed
 
 
 class Rows:

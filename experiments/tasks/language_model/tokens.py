@@ -29,6 +29,8 @@ class Tokenizer(Protocol):
     num_bytes: np.ndarray
     model: bytes
 
+    def __hash__(self) -> int: ...
+
     def encode(self, text: str) -> np.ndarray:
         """The tokens of a text."""
 
