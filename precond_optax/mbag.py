@@ -343,8 +343,9 @@ def mbag(
       >>> tx = precond_optax.mbag(learning_rate=0.1)
       >>> params = jnp.zeros((3, 2))
       >>> state = tx.init(params)
+      >>> update = jax.jit(tx.update)
       >>> for _ in range(100):
-      ...   updates, state = tx.update(jax.grad(f)(params), state)
+      ...   updates, state = update(jax.grad(f)(params), state)
       ...   params = optax.apply_updates(params, updates)
       >>> print(f'{f(params):.1f}')
       0.0

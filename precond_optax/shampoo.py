@@ -302,8 +302,9 @@ def shampoo(
       >>> tx = precond_optax.shampoo(learning_rate=0.1)
       >>> params = jnp.zeros((3, 2))
       >>> state = tx.init(params)
+      >>> update = jax.jit(tx.update)
       >>> for _ in range(200):
-      ...   updates, state = tx.update(jax.grad(f)(params), state)
+      ...   updates, state = update(jax.grad(f)(params), state)
       ...   params = optax.apply_updates(params, updates)
       >>> print(f'{f(params):.1f}')
       0.0

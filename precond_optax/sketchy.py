@@ -301,8 +301,9 @@ def sketchy(
       >>> tx = precond_optax.sketchy(learning_rate=0.1)
       >>> params = jnp.zeros((3, 2))
       >>> state = tx.init(params)
+      >>> update = jax.jit(tx.update)
       >>> for _ in range(200):
-      ...   updates, state = tx.update(jax.grad(f)(params), state)
+      ...   updates, state = update(jax.grad(f)(params), state)
       ...   params = optax.apply_updates(params, updates)
       >>> print(f'{f(params):.1f}')
       0.0

@@ -130,6 +130,7 @@ CASES = (
         keywords={'band': 4, **_EPS},
         static_args=('band',),
         state_bytes=24,
+        variant=True,
     ),
     Case(
         'sonew_bfloat16_stats',

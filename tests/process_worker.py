@@ -103,13 +103,13 @@ def restore(path, method, mesh, layout):
         return checkpointer.restore(path, like)
 
 
-def main(address, processes, index, folder):
+def main(address, processes, index, folder, methods):
     jax.config.update('jax_num_cpu_devices', 8 // processes)
     jax.distributed.initialize(address, processes, index)
     assert jax.process_count() == processes
     assert jax.local_device_count() == 8 // processes
     mesh, results = make_mesh(jax.devices()), {}
-    for method in METHODS:
+    for method in methods:
         for layout in LAYOUTS:
             carry = begin(method, mesh, layout)
             results[f'{method}/{layout}/share'] = share_held(carry)
@@ -128,4 +128,4 @@ def main(address, processes, index, folder):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), pathlib.Path(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), pathlib.Path(sys.argv[4]), sys.argv[5:])

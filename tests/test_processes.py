@@ -80,19 +80,26 @@ def train_from_start(method, mesh, layout, steps):
     return worker.train(method, mesh, layout, worker.begin(method, mesh, layout), range(steps))
 
 
-def test_two_processes_equal_one(tmp_path):
+FIRST = ('sonew', 'shared_basis')
+OTHERS = tuple(method for method in worker.METHODS if method not in FIRST)
+
+
+@pytest.mark.parametrize('methods', [FIRST, pytest.param(OTHERS, marks=pytest.mark.slow)])
+def test_two_processes_equal_one(methods, tmp_path):
     one = worker.make_mesh(jax.devices()[:1])
     eight = worker.make_mesh(jax.devices())
     expected, expected_later = {}, {}
-    for method in worker.METHODS:
+    for method in methods:
         expected[method] = worker.gather(train_from_start(method, one, 'rows', worker.BEFORE))
         expected_later[method] = worker.gather(train_from_start(method, one, 'rows', worker.AFTER))
         carry = train_from_start(method, eight, 'columns', worker.BEFORE)
         worker.save(tmp_path / 'one' / method, carry)
     module = [sys.executable, '-m', 'tests.process_worker', f'127.0.0.1:{free_port()}', '2']
-    run_together([[*module, str(i), str(tmp_path)] for i in range(2)], tmp_path, timeout=240)
+    run_together(
+        [[*module, str(i), str(tmp_path), *methods] for i in range(2)], tmp_path, timeout=240
+    )
     results = dict(np.load(tmp_path / 'results.npz'))
-    for method in worker.METHODS:
+    for method in methods:
         for layout in worker.LAYOUTS:
             assert_same(below(results, f'{method}/{layout}/'), expected[method])
         # No device holds more than its share, from the start; what has fewer axes than the

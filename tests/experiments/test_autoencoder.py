@@ -141,6 +141,7 @@ def test_broken_idx_file_is_named(tmp_path):
             data.load('mnist', str(tmp_path))
 
 
+@pytest.mark.slow
 def test_real_mnist_is_the_same_from_both_forms(data_dir, tmp_path):
     train, test = data.load('mnist', data_dir)
     assert (train.shape, test.shape) == ((60000, 784), (10000, 784))

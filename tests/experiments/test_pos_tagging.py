@@ -626,6 +626,7 @@ def test_best_of_dev_is_kept(tmp_path):
     assert summary['dev_accuracy'] == rows[-1]['dev_accuracy']
 
 
+@pytest.mark.slow
 def test_several_runs_in_one_program(tmp_path):
     """As alone, to rounding."""
     task, rates = small_task('pos_tagging'), (1e-3, 1e-2)

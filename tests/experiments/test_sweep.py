@@ -28,7 +28,7 @@ def random_search(**changes):
     return search
 
 
-FEW = ('adam', 'sonew', 'soaa')
+FEW = ('sonew',)
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS if name not in FEW]
@@ -66,6 +66,7 @@ def test_runs_in_one_program_keep_the_parameters_dtype(tmp_path):
     assert summaries[2]['state_bytes'] == alone['state_bytes']
 
 
+@pytest.mark.slow
 def test_run_of_a_group_goes_on_alone(tmp_path):
     """Checkpoints do not tell how a run was trained: it can leave a group, or join one."""
     task, configs = small_task(epochs=4), varied('adam')
