@@ -148,6 +148,7 @@ def test_loss_falls(tmp_path):
     assert summary['validation_loss'] < 2.2
 
 
+@pytest.mark.slow
 def test_size_after_a_colon(tmp_path):
     arguments = ('--optimizer=configs/optimizers/adam.py', f'--workdir={tmp_path / "run"}')
     tiny = '--task=configs/tasks/language_model.py:tiny'
@@ -163,14 +164,15 @@ def test_size_after_a_colon(tmp_path):
 # Real data.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'peak'),
     [
         ('sonew', 3e-3),
-        pytest.param('adamw', 3e-3, marks=pytest.mark.slow),
-        pytest.param('adafactor', 3e-2, marks=pytest.mark.slow),
-        pytest.param('shared_basis', 3e-3, marks=pytest.mark.slow),
-        pytest.param('muon', 1e-2, marks=pytest.mark.slow),
+        ('adamw', 3e-3),
+        ('adafactor', 3e-2),
+        ('shared_basis', 3e-3),
+        ('muon', 1e-2),
     ],
 )
 def test_real_text(name, peak, data_dir):

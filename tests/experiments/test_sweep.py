@@ -166,7 +166,8 @@ def test_worst_trials_are_stopped_at_each_rung(tmp_path):
     assert trials[0]['metric'] == best['train_loss']
 
 
-@pytest.mark.parametrize('together', [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('together', [2, 4])
 def test_sweep_does_not_depend_on_how_many_are_trained_together(together, tmp_path):
     task, config = small_task(epochs=5), config_of('optimizers', 'adam')
     alone = sweep.sweep(task, config, random_search(), tmp_path / 'a')

@@ -116,6 +116,7 @@ def test_bad_table(small, tmp_path):
     assert not (tmp_path / 'a').exists(), 'the other rows have not been run'
 
 
+@pytest.mark.slow
 def test_search_and_finals(small, tmp_path):
     """Each row's ranges are searched with its settings, the best go the whole length."""
     small.rows.band_4.settings = dict(band=2)

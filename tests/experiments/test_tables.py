@@ -1,5 +1,7 @@
 """The tables of accuracy, sharding, roots and mini-blocks, on as little as they take."""
 
+import pytest
+
 from experiments import accuracy, matrix_roots, mini_blocks, sharding, workdir
 from tests import test_sharding
 
@@ -39,6 +41,7 @@ def test_sharding_tables(monkeypatch, tmp_path, capsys):
     assert '"commit"' in (tmp_path / 'sharding.json').read_text()
 
 
+@pytest.mark.slow
 def test_matrix_roots_tables(monkeypatch):
     for name, value in {
         'BATCHES': {4: 3},
