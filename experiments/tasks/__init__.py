@@ -39,6 +39,20 @@ class Stream:
     batches: Callable[[int], Iterator[Any]]
 
 
+def batches_of(source: Any) -> Callable[[int], Iterator[Any]]:
+    """`Stream.batches` of something with a length and, by its step, each batch; through Grain."""
+    import grain
+
+    dataset = grain.MapDataset.source(source)
+
+    def from_step(step: int) -> Iterator[Any]:
+        # The data are in memory: threads that read ahead would only be in the way.
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        return iter(dataset.slice(slice(step, None)).to_iter_dataset(options))
+
+    return from_step
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What the training loop needs of a task.

@@ -1,13 +1,12 @@
 """A stream of tokens cut into rows, and the rows of each step."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.tasks import Stream
+from experiments.tasks import Stream, batches_of
 from experiments.tasks.language_model.tokens import Tokenizer
 
 
@@ -111,20 +110,11 @@ def stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 def stream(source: Source, num_train: int) -> Stream:
     """A source as the training loop takes it: the run is one epoch, of all its steps."""
-    import grain
-
-    dataset = grain.MapDataset.source(source)
-
-    def from_step(step: int) -> Iterator[Any]:
-        # The data are in memory: threads that read ahead would only be in the way.
-        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        return iter(dataset.slice(slice(step, None)).to_iter_dataset(options))
-
     return Stream(
         num_train=num_train,
         steps_per_epoch=len(source),
         shapes=(source.shape,),
-        batches=from_step,
+        batches=batches_of(source),
     )
 
 

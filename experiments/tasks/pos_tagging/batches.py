@@ -1,13 +1,12 @@
 """Sentences in batches of one length each, of a few lengths in all."""
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from experiments.tasks import Stream
+from experiments.tasks import Stream, batches_of
 from experiments.tasks.pos_tagging import vocabulary
 
 
@@ -134,18 +133,9 @@ class Source:
 
 def stream(source: Source, num_train: int) -> Stream:
     """A source as the training loop takes it."""
-    import grain
-
-    dataset = grain.MapDataset.source(source)
-
-    def from_step(step: int) -> Iterator[Any]:
-        # The data are in memory: threads that read ahead would only be in the way.
-        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        return iter(dataset.slice(slice(step, None)).to_iter_dataset(options))
-
     return Stream(
         num_train=num_train,
         steps_per_epoch=source.steps_per_epoch,
         shapes=tuple(source.shapes),
-        batches=from_step,
+        batches=batches_of(source),
     )
