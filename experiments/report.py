@@ -103,21 +103,23 @@ def by_loss(runs: Sequence[Run]) -> list[Run]:
 
 def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Header and rows, best final loss first, unfinished runs last."""
-    header = ['run', 'train loss', 'test loss', 'seconds', 'steps/s', 'state bytes', 'skipped']
+    losses = ['train_loss', 'test_loss']
+    if any('validation_loss' in run.summary for run in runs):  # language models have no test text
+        known = [name for name in losses if any(name in run.summary for run in runs)]
+        losses = [*known, 'validation_loss']
+    costs = ['seconds', 'steps/s', 'state bytes', 'skipped']
+    header = ['run', *(name.replace('_', ' ') for name in losses), *costs]
     rows = []
     for run in by_loss(runs):
         end = run.summary
         if not end:
             step = run.metrics[-1]['step'] if run.metrics else 0
-            rows.append([run.label, f'at step {step}', '', '', '', '', ''])
+            rows.append([run.label, f'at step {step}', *[''] * (len(header) - 2)])
             continue
         rows.append(
             [
                 run.label,
-                *(
-                    'nan' if end[k] is None else f'{end[k]:.3f}'
-                    for k in ('train_loss', 'test_loss')
-                ),
+                *(_loss(end, name) for name in losses),
                 f'{end["seconds"]:.1f}',
                 f'{end["steps_per_second"]:.1f}',
                 f'{end["state_bytes"]:,}',
@@ -125,6 +127,12 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return header, rows
+
+
+def _loss(summary: dict[str, Any], name: str) -> str:
+    if name not in summary:
+        return ''
+    return 'nan' if summary[name] is None else f'{summary[name]:.3f}'
 
 
 def by_accuracy(runs: Sequence[Run]) -> list[Run]:

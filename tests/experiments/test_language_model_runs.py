@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs.tasks import language_model as config
-from experiments import program, segments, tasks, telemetry, train
+from experiments import program, report, segments, tasks, telemetry, train
 from experiments.tasks import language_model as task_lib
 from experiments.tasks.language_model import batches, model, reading, tokens
 from tests.experiments.small import config_of, lines, small_task, without_clock
@@ -159,6 +159,17 @@ def test_size_after_a_colon(tmp_path):
     done = main('--task=configs/tasks/language_model.py:2b', *arguments)
     assert done.returncode != 0
     assert "the sizes of the language model are ['tiny'," in done.stderr
+
+
+def test_report_has_the_validation_loss(tmp_path):
+    made = lm(steps=2, warmup_steps=1)
+    summary = train.train_and_evaluate(
+        made, config_of('optimizers', 'adam'), tmp_path / 'run', progress=False
+    )
+    text = report.report([str(tmp_path / 'run')], str(tmp_path / 'report'))
+    header, _, row = text.splitlines()[:3]
+    assert [cell.strip() for cell in header.split('|')[2:4]] == ['train loss', 'validation loss']
+    assert row.split('|')[3].strip() == f'{summary["validation_loss"]:.3f}'
 
 
 # Real data.
