@@ -1,5 +1,6 @@
 """From an optimizer config to an Optax transformation."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ import optax
 import optax.contrib
 
 import precond_optax
+from precond_optax import layout as layout_lib
+from precond_optax import leafwise
 
 FACTORIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     'adafactor': optax.adafactor,
@@ -45,7 +48,8 @@ def make(
         is for the sweep.
       schedule: the task's schedule of the learning rate, from its peak; takes ``anneal=False``.
       num_steps: the steps of the whole run.
-      layout: the task's, for factories that take one; Optax's do not.
+      layout: the task's, for factories that take one. Of Optax's, Muon is told by it which axes
+        are a matrix's; by itself it takes leaves of two axes alone, so none of a stack.
 
     Returns:
       The transformation.
@@ -66,10 +70,24 @@ def make(
         arguments['total_steps'] = num_steps
     if layout is not None and 'layout' in inspect.signature(FACTORIES[name]).parameters:
         arguments['layout'] = layout
+    elif layout is not None and name == 'muon':
+        arguments['muon_weight_dimension_numbers'] = functools.partial(_matrices, layout=layout)
     try:
         return FACTORIES[name](learning_rate=schedule(peak, **keywords), **arguments)
     except TypeError as error:
         raise ValueError(f'optimizer {name!r} does not take these keywords: {error}.') from error
+
+
+def _matrices(params: optax.Params, layout: Mapping[str, precond_optax.LeafRule]) -> Any:
+    """For each leaf that is preconditioned and a matrix, batch axes aside, its axes for Muon."""
+
+    def axes(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        facts = layout_lib.leaf_layout(leafwise.path_string(path), leaf, layout)
+        if not facts.precondition or len(facts.groups) != 2:
+            return None
+        return optax.contrib.MuonDimensionNumbers(*facts.groups)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def without_search_space(config: Mapping[str, Any]) -> dict[str, Any]:

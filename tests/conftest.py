@@ -4,10 +4,12 @@ import atexit
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')  # as experiments/__init__.py does, and why
-# Compiling is most of the suite's time, and LLVM's optimizations much of that. The slow tests, and
-# whoever sets this to 0, have them.
+# Compiling is most of the suite's time, and LLVM's optimizations much of that. Tests that train
+# for long ask for the fixture `optimized`; whoever sets this to 0 has them everywhere.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 import hypothesis
@@ -30,6 +32,21 @@ hypothesis.settings.register_profile(
     'tests', deadline=None, max_examples=25, derandomize=True, database=None
 )
 hypothesis.settings.load_profile('tests')
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what would begin after a deadline, in seconds since the epoch, where there is one."""
+    if time.time() > float(os.environ.get('PRECOND_OPTAX_TEST_DEADLINE', 'inf')):
+        pytest.skip('no time left')
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """What the test compiles is compiled as for users."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.config.update('jax_disable_most_optimizations', before)
 
 
 @pytest.fixture

@@ -68,6 +68,44 @@ def test_soaa_has_no_layout():
     assert {leaf.treatment for leaf in leaves.values()} == {'SOAA, diagonal, uncentered'}
 
 
+def test_muon_orthogonalises_each_layer(rng):
+    """Optax's Muon by itself takes leaves of two axes only; Adam moves the other leaves."""
+    shapes = {
+        'layers': {
+            'attention': {'query': (2, 6, 2, 2), 'out': (2, 2, 2, 6)},
+            'mlp': {'up': (2, 6, 4)},
+            'scale': (2, 6),
+        },
+        'embedding': (5, 6),
+    }
+    matrices = {'query': (6, 4), 'out': (4, 6), 'up': (6, 4)}
+    grads = jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+    def updates(layout, grads):
+        tx = optimizers.make(config_of('optimizers', 'muon'), lambda p: p, 10, layout)
+        return jax.jit(tx.update)(grads, tx.init(grads), grads)[0]
+
+    found = updates(task.LAYOUT, grads)
+    attention = found['layers']['attention']
+    of_layers = attention | {'up': found['layers']['mlp']['up']}
+    layers = grads['layers']['attention'] | {'up': grads['layers']['mlp']['up']}
+    for name, shape in matrices.items():
+        for layer in range(2):
+            alone = updates(None, {'kernel': layers[name][layer].reshape(shape)})['kernel']
+            np.testing.assert_allclose(
+                of_layers[name][layer].reshape(shape), alone, rtol=1e-4, atol=1e-7
+            )
+    adam = optimizers.make(config_of('optimizers', 'muon'), lambda p: p, 10)
+    others = {'scale': grads['layers']['scale'][0], 'embedding': grads['embedding'].ravel()}
+    expected = jax.jit(adam.update)(others, adam.init(others), others)[0]
+    np.testing.assert_allclose(found['layers']['scale'][0], expected['scale'], rtol=1e-5)
+    np.testing.assert_allclose(found['embedding'].ravel(), expected['embedding'], rtol=1e-5)
+
+
 # Partition.
 
 

@@ -176,6 +176,7 @@ def test_report_has_the_validation_loss(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('optimized')
 @pytest.mark.parametrize(
     ('name', 'peak'),
     [

@@ -8,6 +8,7 @@ from experiments import train
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('optimized')
 def test_sonew_beats_adam_on_real_mnist(data_dir, tmp_path):
     """Four epochs at the configs' settings. Measured: far apart; asserted: clearly apart."""
     task = autoencoder.get_config()
