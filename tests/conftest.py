@@ -17,6 +17,13 @@ import jax
 import numpy as np
 import pytest
 
+# One LLVM module for a program, and no MLIR for its fusions: half the compilation of small ones.
+_FLAGS = '--xla_cpu_parallel_codegen_split_count=1'
+if jax.__version_info__ < (0, 11):  # later ones have no such flag, and end at one they do not know
+    _FLAGS += ' --xla_cpu_use_fusion_emitters=false'
+if _FLAGS not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAGS}'
+
 jax.config.update('jax_num_cpu_devices', 8)
 
 # Many checks compile the same program: once for all, over all workers of one session.
