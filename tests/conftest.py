@@ -25,6 +25,9 @@ if _FLAGS not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAGS}'
 
 jax.config.update('jax_num_cpu_devices', 8)
+# As many batched decompositions as this at once would wait for each other for ever, in jaxlib 0.10
+# (`matrix_root.batches_can_deadlock`): it is the number of cores, and eight devices work at once.
+os.environ.setdefault('PJRT_NPROC', '32')
 
 # Many checks compile the same program: once for all, over all workers of one session.
 _CACHE = 'PRECOND_OPTAX_TEST_CACHE'

@@ -205,7 +205,12 @@ def test_real_text(name, peak, data_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('mesh', 'optimizer'),
-    [('2,2,2', 'adamw'), ('2,2,2', 'sonew'), ('1,4,2', 'adafactor')],
+    [
+        ('2,2,2', 'adamw'),
+        ('2,2,2', 'sonew'),
+        ('2,2,2', 'shared_basis'),
+        ('1,4,2', 'adafactor'),
+    ],
 )
 def test_two_processes_equal_one_device(mesh, optimizer, tmp_path):
     """The smallest size on two processes with four devices each; one device has no mesh."""
