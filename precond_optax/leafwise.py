@@ -84,16 +84,25 @@ def path_string(path: Path) -> str:
 def owners(state: optax.OptState, params: optax.Params) -> list[int | None]:
     """For each leaf of a state, the number of the parameter that it belongs to, or None.
 
-    States mirror the parameters' tree, so that is the one whose path ends the leaf's, the longest
-    where several do; a scalar belongs to scalars alone. (``optax.tree.map_params`` hands ``init``
-    a tree without leaves, which ``optax.lbfgs`` does not take, having to read a dtype.)
+    States mirror the parameters' tree, so that is the one whose path ends the leaf's. Where several
+    do, it is the longest whose place mirrors the tree: all leaves there are at parameters' paths,
+    as they are not at the numbers of a tuple of trees. A scalar belongs to scalars alone.
+    (``optax.tree.map_params`` hands ``init`` a tree without leaves, which ``optax.lbfgs`` does not
+    take, having to read a dtype.)
     """
     with_paths = jax.tree_util.tree_leaves_with_path(params)
     numbers = {path: number for number, (path, _) in enumerate(with_paths)}
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    mirrors: dict[Any, bool] = {}
+    for path, _ in leaves:
+        for start in range(len(path) + 1):
+            place = path[:start]
+            mirrors[place] = mirrors.get(place, True) and path[start:] in numbers
     found: list[int | None] = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        ends = (numbers.get(path[start:]) for start in range(len(path) + 1))
-        owner = next((number for number in ends if number is not None), None)
+    for path, leaf in leaves:
+        ends = [start for start in range(len(path) + 1) if path[start:] in numbers]
+        starts = [start for start in ends if mirrors[path[:start]]] or ends
+        owner = numbers[path[starts[0] :]] if starts else None
         # Such as the count beside parameters that are one array, whose path is empty, or an
         # injected hyperparameter of a parameter's name.
         if owner is not None and not jnp.shape(leaf) and jnp.shape(with_paths[owner][1]):

@@ -231,6 +231,18 @@ def test_the_longest_path_is_the_parameters():
     assert state.mu == state.nu == state.offdiag[0] == shardings
 
 
+def test_numbers_of_offdiagonals_are_not_mistaken_for_lists():
+    """Of the tuple of trees (t0, t1) t1's first leaf ends as the parameter at 1, 0 does."""
+    mesh = make_mesh(AxisType.Auto)
+    specs = [P('x'), [P('y'), P('x', 'y')]]
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    params = jax.tree.map(
+        lambda sharding: jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=sharding), shardings
+    )
+    state = state_sharding(sonew(1e-3, band=2), params)[0]
+    assert state.mu == state.nu == state.offdiag[0] == state.offdiag[1] == shardings
+
+
 def test_leaves_without_offdiagonals_stay_masked():
     mesh = make_mesh(AxisType.Auto)
     params = place(checks.random_tree(0, shapes=SHAPES), mesh)
