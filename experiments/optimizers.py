@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,7 +44,9 @@ def make(
     Args:
       config: ``name``, ``learning_rate`` (the peak), and the factory's other keywords, floats of
         which may be traced. A ``total_steps`` that is there and None is the run's; with
-        ``anneal=False`` the learning rate stays at its peak after the warm-up; a ``search_space``
+        ``anneal=False`` the learning rate stays at its peak after the warm-up; ``schedules`` name
+        floats that go from one value to another over the run, as ``dict(b2=(0.9, 0.99))``;
+        ``layout`` has rules before the task's, as ``(('mlp', dict(band=4)),)``; a ``search_space``
         is for the sweep.
       schedule: the task's schedule of the learning rate, from its peak; takes ``anneal=False``.
       num_steps: the steps of the whole run.
@@ -68,14 +70,37 @@ def make(
     keywords = {} if arguments.pop('anneal', True) else {'anneal': False}
     if arguments.get('total_steps', num_steps) is None:
         arguments['total_steps'] = num_steps
-    if layout is not None and 'layout' in inspect.signature(FACTORIES[name]).parameters:
+    rules = _rules(arguments.pop('layout', ()))
+    layout = {**rules, **(layout or {})} or None
+    factory, schedules = FACTORIES[name], arguments.pop('schedules', {})
+    parameters = inspect.signature(factory).parameters
+    if layout is not None and 'layout' in parameters:
         arguments['layout'] = layout
     elif layout is not None and name == 'muon':
         arguments['muon_weight_dimension_numbers'] = functools.partial(_matrices, layout=layout)
+    if schedules:
+        if unknown := sorted(set(schedules) - set(arguments)):
+            raise ValueError(
+                f'optimizer.schedules are of {sorted(arguments)}, got {unknown} for {name!r}.'
+            )
+        ends = {key: optax.linear_schedule(*pair, num_steps) for key, pair in schedules.items()}
+        factory = optax.inject_hyperparams(factory, static_args=set(parameters) - set(schedules))
+        arguments.update(ends)
     try:
-        return FACTORIES[name](learning_rate=schedule(peak, **keywords), **arguments)
+        return factory(learning_rate=schedule(peak, **keywords), **arguments)
     except TypeError as error:
         raise ValueError(f'optimizer {name!r} does not take these keywords: {error}.') from error
+
+
+def _rules(given: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, precond_optax.LeafRule]:
+    """The rules of a config's ``layout``."""
+    try:
+        return {pattern: precond_optax.LeafRule(**rule) for pattern, rule in given}
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            'optimizer.layout must be pairs of a pattern and the fields of a LeafRule, got '
+            f'{given!r}: {error}'
+        ) from error
 
 
 def _matrices(params: optax.Params, layout: Mapping[str, precond_optax.LeafRule]) -> Any:

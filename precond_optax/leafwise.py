@@ -84,11 +84,11 @@ def path_string(path: Path) -> str:
 def owners(state: optax.OptState, params: optax.Params) -> list[int | None]:
     """For each leaf of a state, the number of the parameter that it belongs to, or None.
 
-    States mirror the parameters' tree, so that is the one whose path ends the leaf's. Where several
-    do, it is the longest whose place mirrors the tree: all leaves there are at parameters' paths,
-    as they are not at the numbers of a tuple of trees. A scalar belongs to scalars alone.
-    (``optax.tree.map_params`` hands ``init`` a tree without leaves, which ``optax.lbfgs`` does not
-    take, having to read a dtype.)
+    States mirror the parameters' tree, so that is the one whose path ends the leaf's. Where there
+    are several, it is the longest whose place mirrors the tree: all leaves there are at
+    parameters' paths, as they are not at the numbers of a tuple of trees. A scalar belongs to
+    scalars alone. (``optax.tree.map_params`` hands ``init`` a tree without leaves, which
+    ``optax.lbfgs`` does not take, having to read a dtype.)
     """
     with_paths = jax.tree_util.tree_leaves_with_path(params)
     numbers = {path: number for number, (path, _) in enumerate(with_paths)}

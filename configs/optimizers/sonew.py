@@ -21,6 +21,8 @@ def get_config() -> config_dict.ConfigDict:
             stochastic_rounding=True,
             diagnostics=False,
             weight_decay=0.0,
+            schedules=dict(),
+            layout=(),
             search_space=dict(
                 learning_rate=dict(low=1e-3, high=3e-2),
                 b1=dict(low=0.02, high=0.2, one_minus=True),

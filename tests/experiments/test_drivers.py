@@ -55,10 +55,6 @@ def flags_for(workdir, *more):
     )
 
 
-def test_every_config_is_a_known_optimizer():
-    assert {config_of('optimizers', name).name for name in OPTIMIZERS} == set(optimizers.FACTORIES)
-
-
 FEW = ('adam', 'sonew')
 
 
@@ -96,22 +92,6 @@ def test_every_optimizer_is_given_the_loss_of_its_batch(tmp_path):
     assert rows[-1]['predicted_reduction'] > 0
     train.train_and_evaluate(task, config_of('optimizers', 'adam'), tmp_path / 'b', progress=False)
     assert not set(telemetry.TOLD) & set(lines(tmp_path / 'b')[0])
-
-
-@pytest.mark.parametrize(('given', 'expected'), [(None, 12), (30, 30)])
-def test_total_steps_are_the_run_s_unless_given(given, expected, monkeypatch, tmp_path):
-    seen = []
-    real = optimizers.FACTORIES['soaa']
-
-    def factory(**keywords):
-        seen.append(keywords['total_steps'])
-        return real(**keywords)
-
-    monkeypatch.setitem(optimizers.FACTORIES, 'soaa', factory)
-    config = config_of('optimizers', 'soaa')
-    config.total_steps = given
-    train.prepare(small_task(epochs=3), config, tmp_path)
-    assert seen == [expected]
 
 
 def test_training_lowers_the_loss(tmp_path):
