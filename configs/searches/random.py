@@ -1,6 +1,6 @@
 """Log-uniform random search over the optimizer's own ranges, the same budget for all.
 
-Half of the trials that are left are stopped at 40 % and at 70 % of a run: of 16, 8 get to the
+Half of the trials that are left are stopped at 40 % and at 70 % of a run: of 16, 4 get to the
 end.
 """
 

@@ -11,6 +11,7 @@ from ml_collections import config_dict
 from configs.tables import (
     autoencoder,
     autoencoder_bfloat16,
+    autoencoder_sonew,
     pos_tagging,
     pos_tagging_small,
     pos_tagging_small_xpos,
@@ -164,7 +165,7 @@ def test_a_table_sorted_by_the_largest(small, tmp_path):
     assert pyplot.imread(tmp_path / 'table.png').shape[0] == 2 * plain[0]
 
 
-COMMITTED = pytest.mark.parametrize('config', [autoencoder, autoencoder_bfloat16, *TAGGERS])
+COMMITTED = [autoencoder, autoencoder_bfloat16, *TAGGERS]
 
 
 def committed_rows(config):
@@ -179,7 +180,7 @@ def committed_rows(config):
             assert entry.note
 
 
-@COMMITTED
+@pytest.mark.parametrize('config', [*COMMITTED, autoencoder_sonew])
 def test_committed_tables_can_be_run(config):
     """Each row's settings fit its configs, and a run could start."""
     for configs in committed_rows(config):
@@ -187,7 +188,7 @@ def test_committed_tables_can_be_run(config):
 
 
 @pytest.mark.slow
-@COMMITTED
+@pytest.mark.parametrize('config', COMMITTED)
 def test_committed_tables_take_a_step(config):
     """And leave shapes and dtypes as they are, whatever the parameters' dtype."""
     for configs in committed_rows(config):
