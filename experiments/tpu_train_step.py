@@ -7,7 +7,8 @@ JAX_PLATFORMS=cpu python -m experiments.tpu_train_step --task=TASK --data_dir=DA
 
 Forward, backward and update of the longest batch, on each topology in the mesh that is given with
 it, parameters and state donated. With --workdir the numbers go to tpu_train_step.json there, and
-the table to tpu_train_step.md. ``--task.accumulation`` and so on act as in a run.
+the table to tpu_train_step.md, after each step that is compiled; the same command goes on with
+those that are missing. ``--task.accumulation`` and so on act as in a run.
 
 The compiler counts the body of a loop once. So that layers which are scanned count as often as
 they run, with --scanned=LAYERS the step is compiled again with the scans of that length unrolled
@@ -26,6 +27,8 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import json
+import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,6 +42,8 @@ from experiments import main as main_lib
 from experiments import mesh as mesh_lib
 from experiments import optimizers, program, report, segments, tasks, tpu_compile, workdir
 from tests import compiled as reader
+
+NAME = 'tpu_train_step'  # of the files
 
 _WITH = flags.DEFINE_multi_string(
     'with',
@@ -158,31 +163,60 @@ def measure(
 
 
 def table(results: Mapping[tuple[str, str], Facts]) -> str:
-    """A row for each topology and optimizer."""
+    """A row for each topology and optimizer; ratios are to the topology's first."""
     kinds = [k for k in reader.KINDS if any(k in facts.collectives for facts in results.values())]
-    rows = [
-        [
-            *names,
-            *(f'{size / 1e6:.1f}' for size in (facts.arguments, facts.temporary, facts.output)),
-            f'{facts.flops / 1e9:.2f}',
-            f'{facts.traffic / 1e6:.1f}',
-            *(f'{facts.collectives.get(kind, 0) / 1e6:.2f}' for kind in kinds),
-            f'{facts.seconds:.0f}',
-        ]
-        for names, facts in results.items()
-    ]
+    first: dict[str, Facts] = {}
+    rows = []
+    for names, facts in results.items():
+        base = first.setdefault(names[0], facts)
+        rows.append(
+            [
+                *names,
+                *(
+                    f'{size / 1e6:.1f}'
+                    for size in (facts.arguments, facts.temporary, facts.output)
+                ),
+                f'{facts.flops / 1e9:.2f}',
+                f'{facts.flops / base.flops:.3f}',
+                f'{facts.traffic / 1e6:.1f}',
+                f'{facts.traffic / base.traffic:.3f}',
+                *(f'{facts.collectives.get(kind, 0) / 1e6:.2f}' for kind in kinds),
+                f'{facts.seconds:.0f}',
+            ]
+        )
     header = ['topology and mesh', 'optimizer', 'arguments, MB', 'temporary, MB', 'output, MB']
-    header += ['GFLOP', 'accessed, MB', *(f'{kind}, MB' for kind in kinds), 'compile, s']
+    header += ['GFLOP', 'ratio', 'accessed, MB', 'ratio']
+    header += [*(f'{kind}, MB' for kind in kinds), 'compile, s']
     return report.markdown(header, rows)
+
+
+def _read(folder: str | None, about: Mapping[str, Any]) -> dict[tuple[str, str], Facts]:
+    """What an earlier call has saved, if it was about the same.
+
+    Raises:
+      ValueError: if it was not.
+    """
+    file = pathlib.Path(folder or '.') / f'{NAME}.json'
+    if folder is None or not file.exists():
+        return {}
+    held = json.loads(file.read_text())
+    if {key: held[key] for key in about} != json.loads(json.dumps(about)):
+        raise ValueError(f'{file} is of another task or libtpu; give another --workdir.')
+    return {(step.pop('topology'), step.pop('optimizer')): Facts(**step) for step in held['steps']}
 
 
 def main(argv: list[str]) -> None:
     """Compiles the steps of the flags and prints the table."""
     main_lib.refuse_arguments(argv)
-    flag, results = flags.FLAGS, {}
+    flag = flags.FLAGS
     with main_lib.clear_errors():
         if len(_TOPOLOGIES.value) != len(_MESHES.value):
             raise ValueError('give one --pod_mesh for each --topology.')
+        about = {
+            'libtpu': importlib.metadata.version('libtpu'),
+            'task': workdir.plain(flag.task),
+        }
+        results = _read(flag.workdir, about)
         config = {**flag.task, 'mesh': None}  # of the pod, which is not here
         task = tasks.make(config, flag.data_dir)
         chosen = {text.removeprefix('configs/optimizers/'): _chosen(text) for text in _WITH.value}
@@ -191,18 +225,23 @@ def main(argv: list[str]) -> None:
             devices = tpu_compile.pod_devices(topology).ravel().tolist()
             mesh = mesh_lib.make(shape, devices)
             for name, optimizer in chosen.items():
-                facts = measure(config, optimizer, task, mesh, _LAYERS.value)
-                results[f'{topology} as {sizes}', name] = facts
-    content = {
-        'libtpu': importlib.metadata.version('libtpu'),
-        'task': workdir.plain(flag.task),
-        'steps': [
-            {'topology': where, 'optimizer': name, **dataclasses.asdict(facts)}
-            for (where, name), facts in results.items()
-        ],
-    }
+                key = (f'{topology} as {sizes}', name)
+                if key in results:
+                    continue
+                results[key] = measure(config, optimizer, task, mesh, _LAYERS.value)
+                _save(flag.workdir, about, results)
+    _save(flag.workdir, about, results)
+
+
+def _save(
+    folder: str | None, about: Mapping[str, Any], results: Mapping[tuple[str, str], Facts]
+) -> None:
+    steps = [
+        {'topology': where, 'optimizer': name, **dataclasses.asdict(facts)}
+        for (where, name), facts in results.items()
+    ]
     text = 'one train step, for each chip\n\n' + table(results)
-    workdir.save_tables(flag.workdir, 'tpu_train_step', content, text)
+    workdir.save_tables(folder, NAME, {**about, 'steps': steps}, text)
 
 
 def _chosen(text: str) -> dict[str, Any]:

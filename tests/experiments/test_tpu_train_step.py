@@ -56,6 +56,23 @@ def test_optimizers_are_config_files_with_changes():
             tpu_train_step._chosen(wrong)
 
 
+def test_what_is_saved_is_not_compiled_again(tmp_path):
+    facts = tpu_train_step.Facts(1, 2, 3, 0, 4.0, 5.0, {'all-reduce': 6.0}, 7.0)
+    results = {
+        ('v5e:2x2', 'adamw.py'): facts,
+        ('v5e:2x2', 'sonew.py'): dataclasses.replace(facts, traffic=6.0),
+    }
+    about = {'libtpu': '1', 'task': {'hidden': (8, 3)}}
+    tpu_train_step._save(str(tmp_path), about, results)
+    assert tpu_train_step._read(str(tmp_path), about) == results
+    assert tpu_train_step._read(str(tmp_path / 'other'), about) == {}
+    with pytest.raises(ValueError, match='another task or libtpu'):
+        tpu_train_step._read(str(tmp_path), about | {'libtpu': '2'})
+    rows = (tmp_path / 'tpu_train_step.md').read_text().splitlines()[4:]
+    ratios = [[cell.strip() for cell in row.split('|')][7:10:2] for row in rows]
+    assert ratios == [['1.000', '1.000'], ['1.000', '1.200']]
+
+
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize(('topology', 'sizes'), [('v5e:4x4', (1, 4, 4)), ('v5p:2x2x2', (2, 2, 2))])
 def test_a_step_by_the_tpu_compiler(topology, sizes):
