@@ -52,8 +52,7 @@ def get_config() -> config_dict.ConfigDict:
                     confidence='recalled',
                 ),
                 shared_basis=_row('shared_basis', label='shared basis, rank 32'),
-                mbag=_row('mbag', label='MBAG'),
-                mbag_n=_row('mbag', dict(root=False), label='MBAG-N'),
+                # The best of its kinds: `experiments/results/autoencoder/mini_blocks_epochs_100`.
                 mbag_ema=_row('mbag', dict(decay=0.99), label='MBAG-EMA'),
                 soaa=_row('soaa', label='SOAA'),
                 block_adam=_row(
