@@ -71,7 +71,7 @@ def make(
     if arguments.get('total_steps', num_steps) is None:
         arguments['total_steps'] = num_steps
     rules = _rules(arguments.pop('layout', ()))
-    layout = {**rules, **(layout or {})} or None
+    layout = rules | {k: rule for k, rule in (layout or {}).items() if k not in rules} or None
     factory, schedules = FACTORIES[name], arguments.pop('schedules', {})
     parameters = inspect.signature(factory).parameters
     if layout is not None and 'layout' in parameters:
@@ -83,10 +83,10 @@ def make(
             raise ValueError(
                 f'optimizer.schedules are of {sorted(arguments)}, got {unknown} for {name!r}.'
             )
-        ends = {key: optax.linear_schedule(*pair, num_steps) for key, pair in schedules.items()}
         factory = optax.inject_hyperparams(factory, static_args=set(parameters) - set(schedules))
-        arguments.update(ends)
     try:
+        for key, ends in schedules.items():
+            arguments[key] = optax.linear_schedule(*ends, num_steps)
         return factory(learning_rate=schedule(peak, **keywords), **arguments)
     except TypeError as error:
         raise ValueError(f'optimizer {name!r} does not take these keywords: {error}.') from error

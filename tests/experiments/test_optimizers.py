@@ -59,12 +59,15 @@ def test_rules_come_before_the_tasks():
     layout = (('first', dict(band=4)),)
     leaves = precond_optax.plan(made('sonew', task, layout=layout), PARAMS).leaves
     assert [leaf.treatment[:7] for leaf in leaves] == ['4 bands', '2 bands']
+    leaves = precond_optax.plan(made('sonew', task, layout=(('', dict(band=4)),)), PARAMS).leaves
+    assert [leaf.treatment[:7] for leaf in leaves] == ['4 bands', '4 bands']
 
 
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
         (dict(schedules=dict(b3=(0.9, 0.99))), r"optimizer.schedules are of .*'b2'.*got \['b3'\]"),
+        (dict(schedules=dict(b2=(0.9,))), r"'sonew' does not take these keywords"),
         (dict(layout=(('first', dict(bands=4)),)), r'optimizer.layout must be pairs .*bands'),
         (dict(layout=('first',)), r'optimizer.layout must be pairs'),
     ],
