@@ -21,9 +21,12 @@ PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy', 'orbax-checkpoint', 'prec
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as JSON gives it back: tuples become lists."""
-    to_dict = getattr(config, 'to_dict', None)
-    return json.loads(json.dumps(to_dict() if to_dict else dict(config)))
+    """The config as JSON gives it back: tuples become lists, configs in it dictionaries."""
+
+    def inner(value: Any) -> dict[str, Any]:
+        return value.to_dict() if hasattr(value, 'to_dict') else dict(value)
+
+    return json.loads(json.dumps(config, default=inner))
 
 
 def environment() -> dict[str, Any]:

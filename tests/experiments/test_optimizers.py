@@ -1,9 +1,12 @@
 """From configs to optimizers: names, schedules of hyperparameters, rules for leaves."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import config_dict
 
 import precond_optax
 from experiments import optimizers, train
@@ -20,6 +23,19 @@ def made(name, of_task=None, **changes):
 
 def test_every_config_is_a_known_optimizer():
     assert {config_of('optimizers', name).name for name in OPTIMIZERS} == set(optimizers.FACTORIES)
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_a_workdir_keeps_every_config(name, tmp_path):
+    """Also after the task's check has taken the search space away; rules are kept as lists."""
+    config = config_of('optimizers', name)
+    if 'layout' in config:
+        config.layout = (('first', config_dict.ConfigDict(dict(band=4))),)
+    train.prepare(small_task(epochs=1), config, tmp_path)
+    kept = json.loads((tmp_path / 'config.json').read_text())['optimizer']
+    assert kept['name'] == config.name
+    assert 'search_space' not in kept
+    assert kept.get('layout', [['first', {'band': 4}]]) == [['first', {'band': 4}]]
 
 
 @pytest.mark.parametrize(('given', 'expected'), [(None, 12), (30, 30)])
