@@ -291,7 +291,7 @@ def test_workdir_with_other_things(tmp_path):
 def test_config_has_all_arguments(optimizer):
     parameters = inspect.signature(optimizers.FACTORIES[optimizer]).parameters
     config = config_of('optimizers', optimizer)
-    ours = {'name', 'search_space'}
+    ours = {'name', 'search_space'} | ({'schedules', 'layout'} & set(config))
     assert set(config) == set(parameters) - {'layout', 'mask'} | ours
     for name, value in config.items():
         if name not in ours | {'learning_rate', 'total_steps'}:
