@@ -3,6 +3,9 @@
 ``axes`` names, for each axis of such an array, the parameter's axis that it belongs to; None for
 one that belongs to none, such as the rows of a basis. Where the number of devices along the
 parameter's axis does not divide the array's, such as a few blocks of many rows, it is whole.
+
+A tuple names further axes of the parameter after that one. Devices along these, which would all
+hold the same, divide what the array's axis has left, as far as that goes.
 """
 
 import math
@@ -13,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-Axes: TypeAlias = tuple[int | None, ...]
+Axes: TypeAlias = tuple[int | tuple[int, ...] | None, ...]
 
 
 class Follower(NamedTuple):
@@ -40,19 +43,33 @@ def along(sharding: Sharding, ndim: int, follower: Follower) -> Sharding:
       >>> mesh = jax.make_mesh((jax.device_count(),), ('x',))
       >>> along(NamedSharding(mesh, P('x')), 2, Follower((4, 16), (None, 0))).spec
       P(None, 'x')
+      >>> along(NamedSharding(mesh, P('x', None)), 2, Follower((16, 4), ((1, 0), None))).spec
+      P('x', None)
     """
     if not isinstance(sharding, NamedSharding):
         return sharding
-    entries = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
+    mesh = sharding.mesh.shape
+    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
+    names = [tuple(n for n in entry if n is not None) for entry in entries]
+    names += [()] * (ndim - len(names))
+    belongs = [(axis,) if isinstance(axis, int) else axis or () for axis in follower.axes]
 
-    def entry(size: int, axis: int | None) -> Any:
-        given = None if axis is None else entries[axis]
-        names = given if isinstance(given, tuple) else () if given is None else (given,)
-        parts = math.prod(sharding.mesh.shape[name] for name in names)
-        return None if size % parts else given
+    def parts(given: Sequence[str]) -> int:
+        return math.prod(mesh[name] for name in given)
 
-    spec = PartitionSpec(*map(entry, follower.shape, follower.axes))
-    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+    spec: list[tuple[str, ...]] = []
+    for size, axes in zip(follower.shape, belongs, strict=True):
+        own = names[axes[0]] if axes else ()
+        spec.append(own if size % parts(own) == 0 else ())
+    taken = {name for own in spec for name in own}
+    for position, axes in enumerate(belongs):
+        for name in (name for axis in axes[1:] for name in names[axis]):
+            more = (*spec[position], name)
+            if name not in taken and follower.shape[position] % parts(more) == 0:
+                spec[position] = more
+                taken.add(name)
+    parts_of = [own[0] if len(own) == 1 else own or None for own in spec]
+    return NamedSharding(sharding.mesh, PartitionSpec(*parts_of), memory_kind=sharding.memory_kind)
 
 
 def _sharding(leaf: Any) -> Sharding | None:

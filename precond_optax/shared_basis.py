@@ -130,11 +130,13 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
         if fallback(facts):
             return {}
         batch = tuple(range(facts.batch_axes))
+        # Devices that share out a block would hold all of its coefficients, as large as the leaf.
+        outputs = tuple((axis, *facts.block_axes) for axis in facts.output_axes)
         return {
             'basis': (*batch, None, *facts.block_axes),
-            'coefficients': (*batch, *facts.output_axes, None),
-            'residual': (*batch, *facts.output_axes),
-            'root': (*batch, *facts.output_axes, None),
+            'coefficients': (*batch, *outputs, None),
+            'residual': (*batch, *outputs),
+            'root': (*batch, *outputs, None),
         }
 
     def init_leaf(leaf: Any, facts: LeafLayout) -> leafwise.Fields:

@@ -16,7 +16,9 @@ KINDS = (
     'reduce-scatter',
 )
 # '%x = f32[16,8]{1,0:T(8,128)} all-gather(' or '%x = (f32[8]{0}, f32[8]{0}) all-reduce-done(%y'.
-_COLLECTIVE = re.compile(rf'= (\(.*?\)|\S+) ({"|".join(KINDS)})(-start|-done)?\(')
+_COLLECTIVE = re.compile(
+    rf'= (\(.*?\)|\S+) ({"|".join(KINDS)})(-start|-done)?\((?:.*?channel_id=(\d+))?'
+)
 _ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?)?')
 
 
@@ -24,8 +26,9 @@ def collectives(text: str, *, padded: bool = False) -> list[tuple[str, int]]:
     """The kinds and the bytes of all collectives of a compiled text.
 
     The bytes are those of the result on one device. An asynchronous pair counts once, by its
-    ``-done``: the result of a ``-start`` holds the operands as well. A collective in the body of
-    a loop counts once, however often it runs.
+    ``-done``: the result of a ``-start`` holds the operands as well. So does one that the TPU
+    compiler spreads over several fusions, each of which repeats it with the same channel. A
+    collective in the body of a loop counts once, however often it runs.
 
     Args:
       text: of ``Compiled.as_text()``.
@@ -38,12 +41,18 @@ def collectives(text: str, *, padded: bool = False) -> list[tuple[str, int]]:
       >>> line = '%x = f32[128,1]{1,0:T(8,128)} collective-permute(%y), channel_id=1'
       >>> collectives(line), collectives(line, padded=True)
       ([('collective-permute', 512)], [('collective-permute', 65536)])
+      >>> collectives(line + '\\n' + line)
+      [('collective-permute', 512)]
     """
-    return [
-        (kind, sum(_bytes(padded, *array) for array in _ARRAY.findall(result)))
-        for result, kind, part in _COLLECTIVE.findall(text)
-        if part != '-start'
-    ]
+    found, seen = [], set()
+    for result, kind, part, channel in _COLLECTIVE.findall(text):
+        size = sum(_bytes(padded, *array) for array in _ARRAY.findall(result))
+        # The size as well: the compiler now and then gives a channel to two of one kind.
+        if part != '-start' and (kind, channel, size) not in seen:
+            found.append((kind, size))
+            if channel:
+                seen.add((kind, channel, size))
+    return found
 
 
 def border(leaf: Any) -> int:

@@ -75,14 +75,18 @@ def test_of_the_shared_basis_no_coefficients_move(params, name):
     facts = tpu_compile.measure(tpu_compile.shared_basis(rank), leaf)
     print(tpu_compile.language_model_table({f'shared basis, {name}': facts}))
     basis = 4 * layers * rank * params[name].shape[1]
-    coefficients = 4 * layers * outputs * rank * rank
+    # Also shared out by the chips that share out the block.
+    coefficients = 4 * layers * outputs * rank * rank * block // params[name].shape[1]
+    coordinates = 4 * layers * outputs * rank
     gathered = [size for kind, size in facts.collectives if kind == 'all-gather']
-    assert gathered == [basis]
+    assert gathered.count(basis) == 1
+    assert sum(gathered) <= basis + 3.1 * coordinates
     assert {kind for kind, _ in facts.collectives} == {'all-gather', 'all-reduce'}
-    assert facts.moved <= 4 * basis
+    assert facts.moved <= 3 * basis
     # Parameter, gradient, momentum, RMSProp's square; coefficients and roots, without padding.
     size = 4 * layers * block * outputs
     assert facts.arguments <= 1.02 * (4 * size + 2 * coefficients + basis)
+    assert facts.temporary <= size
 
 
 @pytest.mark.parametrize('name', ['layers/attention/query', 'layers/mlp/gate'])
