@@ -56,9 +56,14 @@ def _parse(argv: list[str]) -> list[str]:
                 there = ', '.join(sorted(str(file) for file in folder.glob('[a-z]*.py')))
                 raise SystemExit(f'error: --{flag}={given}: no such file. There are: {there}.')
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
     except AttributeError as error:  # an unknown field of a config
-        raise SystemExit(f'error: {str(error).strip(chr(34))}') from error
+        raise SystemExit(f'error: no such field: {str(error).strip(chr(34))}') from error
+    except flags.Error as error:
+        told = str(error)
+        if 'Traceback' in told:  # a config file refuses its argument: the last line says why
+            told = f'{told.split(":")[0]}: {told.strip().splitlines()[-1].strip()}'
+        raise SystemExit(f'error: {told} (--help tells of the flags)') from error
 
 
 def run(main: Callable[[list[str]], None], *required: str) -> None:

@@ -309,6 +309,8 @@ def test_workdir_that_is_a_file(tmp_path):
     ('arguments', 'message'),
     [
         (('--task.epoch=3',), 'Did you mean "epochs"'),
+        (('--task.nothing=3',), "no such field: 'nothing'"),
+        (('--task=configs/tasks/language_model.py:huge',), "'large', '1b'], got 'huge'"),
         (('--nothing=1',), "Unknown command line flag 'nothing'"),
         (('extra',), 'unknown arguments: extra'),
         (
