@@ -60,12 +60,7 @@ _COSTS = (
     (Metric('state_bytes', 'state bytes'), ''),
     (Metric('program_bytes', 'memory', 2**-20), ' MiB'),
 )
-# After those of the table's metrics.
-_COLUMNS = (
-    'reported',
-    'seeds',
-    *(name for cost, _ in _COSTS for name in (cost.header, 'to Adam')),
-)
+_REFERENCE = 'adam'  # the row to whose costs the others' are ratios, if a table names none
 
 
 def metrics_of(table: Mapping[str, Any]) -> list[Metric]:
@@ -78,16 +73,19 @@ def configs_of(
 ) -> tuple[config_dict.ConfigDict, config_dict.ConfigDict]:
     """The configs of a row's run: its task's and its optimizer's.
 
+    A task's name may have an argument for its config, as ``language_model:small``.
+
     Raises:
       ValueError: if a row or the task sets what its config has not.
     """
     entry = table['rows'][row]
     made = []
-    for kind, name, changes in (
+    for kind, given, changes in (
         ('tasks', table['task'], {**table['settings'], 'seed': seed}),
         ('optimizers', entry['optimizer'], entry.get('settings', {})),
     ):
-        config = importlib.import_module(f'configs.{kind}.{name}').get_config()
+        name, *arguments = given.split(':')
+        config = importlib.import_module(f'configs.{kind}.{name}').get_config(*arguments)
         if unknown := sorted(set(changes) - set(config)):
             raise ValueError(f'row {row!r}: configs/{kind}/{name}.py has no {unknown}.')
         config.update(dict(changes))
@@ -211,12 +209,21 @@ def write(table: Mapping[str, Any], root: pathlib.Path) -> str:
     """Writes the table of the runs in a folder that are through, and returns it."""
     entries = table['rows']
     runs = {row: _finished(root / row, _label(row, entry)) for row, entry in entries.items()}
-    adam = runs.get('adam') or []
-    lines = [_line(table, row, runs[row], adam) for row in entries]
+    reference = table.get('reference', _REFERENCE)
+    compared = runs.get(reference) or []
+    lines = [_line(table, row, runs[row], compared) for row in entries]
     lines.sort(key=lambda line: line[0])
     notes = [f'{_label(row, e)}: {e["note"]}' for row, e in entries.items() if e.get('note')]
     every = [own for found in runs.values() for own in found]
-    header = ('optimizer', *(metric.header for metric in metrics_of(table)), *_COLUMNS)
+    to = f'to {_label(reference, entries.get(reference, {}))}'
+    costs = (name for cost, _ in _COSTS for name in (cost.header, to))
+    header = (
+        'optimizer',
+        *(metric.header for metric in metrics_of(table)),
+        'reported',
+        'seeds',
+        *costs,
+    )
     parts = [
         report.markdown(header, [cells for _, cells in lines]),
         '\n'.join(notes),
@@ -255,19 +262,19 @@ def _spread(runs: Sequence[report.Run], metric: Metric) -> str:
 
 
 def _line(
-    table: Mapping[str, Any], row: str, runs: Sequence[report.Run], adam: Sequence[report.Run]
+    table: Mapping[str, Any], row: str, runs: Sequence[report.Run], compared: Sequence[report.Run]
 ) -> tuple[float, list[str]]:
-    """What a row is sorted by, and its cells; ratios to Adam with the seeds that both have."""
+    """What a row is sorted by, and its cells; ratios of costs with the seeds that both have."""
     entry, metrics = table['rows'][row], metrics_of(table)
     name, reported = _label(row, entry), entry.get('reported')
     paper = '' if reported is None else f'{reported:.2f} ({entry["confidence"]})'
     if not runs:
         blank = [''] * (len(metrics) - 1)
-        return math.inf, [name, 'not run', *blank, paper, *[''] * (len(_COLUMNS) - 1)]
-    seeds, others = ({own.config['task']['seed'] for own in each} for each in (runs, adam))
+        return math.inf, [name, 'not run', *blank, paper, *[''] * (1 + 2 * len(_COSTS))]
+    seeds, others = ({own.config['task']['seed'] for own in each} for each in (runs, compared))
     both = seeds & others
     here, there = (
-        [own for own in each if own.config['task']['seed'] in both] for each in (runs, adam)
+        [own for own in each if own.config['task']['seed'] in both] for each in (runs, compared)
     )
     costs = []
     for cost, unit in _COSTS:

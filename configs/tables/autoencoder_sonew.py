@@ -60,6 +60,7 @@ def get_config() -> config_dict.ConfigDict:
             task='autoencoder',
             settings={},
             metrics=(('train_loss', 'train loss'), ('test_loss', 'test loss')),
+            reference='as_searched',
             rows=rows,
         )
     )

@@ -1,0 +1,78 @@
+"""Optimizers on the language model, `--table=configs/tables/language_model.py:SIZE`.
+
+For CPUs, so with shorter runs than the sizes' own: tiny on the novels' bytes, small on their
+SentencePiece tokens. What a row does not set is the optimizer config's. Searches take
+`--search.metric=validation_loss`, and shorter runs by `--table.settings.steps=N
+--table.settings.warmup_steps=M`.
+"""
+
+from typing import Any
+
+from ml_collections import config_dict
+
+_LENGTHS = dict(
+    tiny=dict(
+        files=('text/books/*.txt',),
+        length=128,
+        batch_size=16,
+        steps=2000,
+        warmup_steps=200,
+        log_every=50,
+        checkpoint_every_steps=500,
+        evaluate_every_steps=250,
+        evaluate_batches=64,
+    ),
+    small=dict(
+        batch_size=4,
+        steps=600,
+        warmup_steps=60,
+        log_every=20,
+        checkpoint_every_steps=100,
+        evaluate_every_steps=100,
+        evaluate_batches=32,
+    ),
+)
+# Damped in units of each leaf's own statistics, as in `pos_tagging.py`.
+_SONEW = dict(
+    eps=1e-12,
+    relative_eps=1e-4,
+    search_space=dict(
+        learning_rate=dict(low=1e-3, high=3e-2),
+        b1=dict(low=0.02, high=0.2, one_minus=True),
+        b2=dict(low=0.002, high=0.2, one_minus=True),
+        relative_eps=dict(low=1e-6, high=1e-1),
+    ),
+)
+
+
+def _row(optimizer: str, label: str, **settings: Any) -> dict[str, Any]:
+    return dict(optimizer=optimizer, settings=settings, label=label)
+
+
+def get_config(size: str = 'tiny') -> config_dict.ConfigDict:
+    """The table of a size.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    if size not in _LENGTHS:
+        raise ValueError(f'there are tables of {list(_LENGTHS)}, got {size!r}.')
+    return config_dict.ConfigDict(
+        dict(
+            task=f'language_model:{size}',
+            settings=_LENGTHS[size],
+            metrics=(
+                ('validation_loss', 'validation loss'),
+                ('validation_bits_per_byte', 'bits per byte'),
+                ('train_loss', 'train loss'),
+            ),
+            reference='adamw',
+            rows=dict(
+                adamw=_row('adamw', 'AdamW'),
+                adafactor=_row('adafactor', 'Adafactor'),
+                sonew_tridiagonal=_row('sonew', 'SONew, tridiagonal', **_SONEW),
+                sonew_band_4=_row('sonew', 'SONew, band 4', band=4, **_SONEW),
+                shared_basis=_row('shared_basis', 'shared basis, rank 32'),
+            ),
+        )
+    )
