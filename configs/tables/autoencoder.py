@@ -32,7 +32,11 @@ def get_config() -> config_dict.ConfigDict:
                 sgd=_row(
                     'sgd', dict(learning_rate=1.951e-3, momentum=0.814), label='SGD, momentum'
                 ),
-                adagrad=_row('adagrad', label='AdaGrad'),
+                adagrad=_row(
+                    'adagrad',
+                    dict(learning_rate=1.297e-2, initial_accumulator_value=1.196e-3, eps=1.513e-7),
+                    label='AdaGrad',
+                ),
                 rmsprop=_row(
                     'rmsprop',
                     dict(learning_rate=5.4e-4, decay=0.9281, eps=1.541e-8, momentum=0.8152),
@@ -57,7 +61,7 @@ def get_config() -> config_dict.ConfigDict:
                     label='AdamW',
                 ),
                 adafactor=_row('adafactor', label='Adafactor'),
-                muon=_row('muon', label='Muon'),
+                muon=_row('muon', dict(learning_rate=2.696e-2, beta=0.8506), label='Muon'),
                 schedule_free=_row('schedule_free_adamw', label='Schedule-Free AdamW'),
                 sonew_diagonal=_row(
                     'sonew',
@@ -82,7 +86,11 @@ def get_config() -> config_dict.ConfigDict:
                 ),
                 shared_basis=_row('shared_basis', label='shared basis, rank 32'),
                 # The best of its kinds: `experiments/results/autoencoder/mini_blocks_epochs_100`.
-                mbag_ema=_row('mbag', dict(decay=0.99), label='MBAG-EMA'),
+                mbag_ema=_row(
+                    'mbag',
+                    dict(decay=0.99, learning_rate=6.432e-4, momentum=0.8122, damping=7.963e-2),
+                    label='MBAG-EMA',
+                ),
                 soaa=_row(
                     'soaa',
                     dict(learning_rate=2.146e-3, b1=0.8146, b2=0.9751, eps=7.302e-5, gamma=0.316),
