@@ -33,6 +33,7 @@ from experiments import report, workdir
 from tests import compiled as reader
 
 BANDS = (0, 1, 4)
+ONE_PASS_BANDS = (0, 1, 2, 4)  # of the fused kernel, on one chip
 _BANDS = flags.DEFINE_multi_integer('band', BANDS, "SONew's bands.", lower_bound=0)
 _RANKS = flags.DEFINE_multi_integer('rank', [], "The shared basis' ranks.", lower_bound=1)
 
@@ -101,11 +102,12 @@ def language_model(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def one_leaf() -> jax.ShapeDtypeStruct:
-    """A leaf of shape (8192, 8192) on one chip."""
-    host = pod_mesh('v5e:2x2')
-    chip = Mesh(host.devices[:1, :1], host.axis_names, axis_types=host.axis_types)
-    return jax.ShapeDtypeStruct((8192, 8192), jnp.float32, sharding=NamedSharding(chip, P()))
+def one_leaf(
+    shape: tuple[int, ...] = (8192, 8192), topology: str = 'v5e:2x2'
+) -> jax.ShapeDtypeStruct:
+    """A leaf on one chip."""
+    chip = Mesh(pod_devices(topology).ravel()[:1], ('data',), axis_types=(AxisType.Auto,))
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(chip, P()))
 
 
 def compile_step(tx: optax.GradientTransformation, params: Any) -> jax.stages.Compiled:
@@ -168,11 +170,16 @@ def measure(tx: optax.GradientTransformation, params: Any) -> Facts:
         arguments=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         donated=memory.alias_size_in_bytes,
-        traffic=cost['bytes accessed'],
+        traffic=cost['bytes accessed'] + reader.kernel_traffic(text),
         collectives=reader.collectives(text),
         padded=sum(size for _, size in reader.collectives(text, padded=True)),
         seconds=seconds,
     )
+
+
+def one_pass(band: int) -> optax.GradientTransformation:
+    """SONew through the fused kernel."""
+    return precond_optax.sonew(1e-3, band=band, impl='pallas')
 
 
 def shared_basis(rank: int, **keywords: Any) -> optax.GradientTransformation:
@@ -265,6 +272,10 @@ def main(argv: list[str]) -> None:
         if name != 'adam'
     }
     single = {name: measure(make(), one_leaf()) for name, make in made.items()}
+    single |= {
+        f'sonew, band {band}, in one pass': measure(one_pass(band), one_leaf())
+        for band in ONE_PASS_BANDS
+    }
     text = '\n\n'.join(
         [
             f"the language model's {COUNT:,} parameters on 256 v5e chips, for each chip",

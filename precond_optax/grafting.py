@@ -140,8 +140,12 @@ def rescale(direction: jax.Array, magnitude: jax.Array, axes: Sequence[int]) -> 
       >>> rescale(jnp.array([3.0, 4.0]), jnp.array([0.0, 10.0]), axes=(0,)).tolist()
       [6.0, 8.0]
     """
-    size = norm(direction, axes)
-    return direction * (norm(magnitude, axes) / jnp.where(size > 0, size, 1))
+    return resize(direction, norm(direction, axes), norm(magnitude, axes))
+
+
+def resize(direction: jax.Array, size: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The direction, whose norm is ``size``, with the norm ``wanted``; zero where it is zero."""
+    return direction * (wanted / jnp.where(size > 0, size, 1))
 
 
 def with_momentum(

@@ -80,6 +80,12 @@ def _sharding(leaf: Any) -> Sharding | None:
     return leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
 
 
+def is_divided(leaf: Any) -> bool:
+    """Whether devices are known to share an array out: in explicit meshes, or outside of jit."""
+    sharding = _sharding(leaf)
+    return isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated
+
+
 def zeros(leaf: Any, shape: Sequence[int], dtype: Any, axes: Axes) -> jax.Array:
     """Zeros that follow a parameter, made where they belong.
 

@@ -1,5 +1,6 @@
 r"""SONew, the sparsified online Newton method: state, transformation, alias."""
 
+import functools
 import math
 import types
 from collections.abc import Mapping, Sequence
@@ -9,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from precond_optax import checks, grafting, leafwise
+from precond_optax import checks, grafting, leafwise, placement
 from precond_optax import layout as layout_lib
 from precond_optax.checks import Scalar
-from precond_optax.kernels import banded, diagonal, tridiagonal
+from precond_optax.kernels import banded, diagonal, fused, tridiagonal
 from precond_optax.layout import LeafLayout
 
 # Special forms by the number of off-diagonals; all others are banded.
 _KERNELS: dict[int, types.ModuleType] = {0: diagonal, 1: tridiagonal}
 _PATTERNS = {0: 'diagonal', 1: 'tridiagonal'}
+_IMPLS = ('auto', 'xla', 'pallas')
 
 
 class ScaleBySonewState(NamedTuple):
@@ -47,6 +49,12 @@ def _widest_band(band: int, layout: layout_lib.Layout) -> int:
     return max([band, *(rule.band for rule in rules if rule.band is not None)])
 
 
+def _takes_kernel(impl: str) -> bool:
+    """Whether leaves may go through the fused kernel, which XLA cannot divide among devices."""
+    alone = jax.default_backend() == 'tpu' and jax.device_count() == 1
+    return impl == 'pallas' or (impl == 'auto' and alone)
+
+
 def _padded(arrays: Sequence[Any], count: int) -> tuple[Any, ...]:
     return (*arrays, *(optax.MaskedNode() for _ in range(count - len(arrays))))
 
@@ -66,6 +74,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     stochastic_rounding: bool = True,
     layout: layout_lib.Layout = None,
     diagnostics: bool = False,
+    impl: str = 'auto',
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of SONew, to be subtracted; no learning rate and no weight decay.
 
@@ -74,7 +83,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
 
     Args:
       b1, b2, eps, band, order, edge_tolerance, relative_eps, graft, mu_dtype, stats_dtype,
-        stochastic_rounding, layout, diagnostics: as in `sonew`, with the same defaults.
+        stochastic_rounding, layout, diagnostics, impl: as in `sonew`, with the same defaults.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state `ScaleBySonewState`.
@@ -105,6 +114,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     checks.float_dtype('stats_dtype', stats_dtype)
     checks.flag('stochastic_rounding', stochastic_rounding)
     checks.flag('diagnostics', diagnostics)
+    checks.one_of('impl', impl, _IMPLS)
     grafting.check(graft)
     layout_lib.check(layout)
     widest = _widest_band(band, layout)
@@ -128,9 +138,56 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             'offdiag': _padded(held[1:], widest),
         }
 
+    def tolerance(facts: LeafLayout) -> Scalar:
+        if edge_tolerance is not None:
+            return edge_tolerance
+        return _edge_tolerance(jnp.dtype(stats_dtype or facts.compute_dtype))
+
+    def cut_of(facts: LeafLayout) -> fused.Cut | None:
+        """How the kernel cuts a leaf, if it takes it."""
+        dtypes = {jnp.dtype(d) for d in (facts.dtype, mu_dtype, stats_dtype) if d is not None}
+        plain = dtypes == {jnp.dtype('float32')} and checks.is_static_zero(relative_eps)
+        if diagnostics or not plain or not facts.precondition or not _takes_kernel(impl):
+            return None
+        axes = facts.chain_axes(facts.order or order)
+        return fused.cut(facts.shape, facts.batch_axes, axes, band_of(facts))
+
+    def in_one_pass(
+        cut: fused.Cut, grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
+    ) -> tuple[jax.Array, leafwise.Fields]:
+        held = state.offdiag[: band_of(facts)]
+        scalars = fused.Scalars(
+            b1, b2, 1 / (1 - b1**state.count), 1 / (1 - b2**state.count), eps, tolerance(facts)
+        )
+        step = functools.partial(
+            fused.step,
+            _KERNELS.get(len(held), banded),
+            cut,
+            adam_eps=grafting.ADAM_EPS if graft == 'adam' else None,
+        )
+        anywhere = functools.partial(
+            jax.lax.platform_dependent, tpu=step, default=functools.partial(step, interpret=True)
+        )
+        # One after the other under vmap, which would put a batch axis to the scalars.
+        mu, nu, offdiag, direction, *squares = jax.custom_batching.sequential_vmap(anywhere)(
+            grad, state.mu, state.nu, held, jax.tree.map(jnp.asarray, scalars)
+        )
+        if graft is not None:
+            sizes = [
+                jnp.sqrt(x).reshape(*facts.shape[: facts.batch_axes], *(1 for _ in facts.axes))
+                for x in squares
+            ]
+            if graft not in ('adam', 'momentum'):
+                sizes[1] = grafting.norm(state.graft, facts.axes)
+            direction = grafting.resize(direction, *sizes)
+        return direction, {'mu': mu, 'nu': nu, 'offdiag': _padded(offdiag, widest)}
+
     def update_leaf(
         grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
     ) -> tuple[jax.Array, leafwise.Fields]:
+        cut = cut_of(facts)
+        if cut is not None and not placement.is_divided(grad):
+            return in_one_pass(cut, grad, state, facts)
         axes, bands = facts.chain_axes(facts.order or order), band_of(facts)
         mu = b1 * state.mu + (1 - b1) * grad
         mu_hat = mu / (1 - b1**state.count)
@@ -147,11 +204,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             tuple(edge * correction for edge in offdiag),
             eps=eps,
             relative_eps=relative_eps,
-            edge_tolerance=(
-                _edge_tolerance(jnp.dtype(stats_dtype or facts.compute_dtype))
-                if edge_tolerance is None
-                else edge_tolerance
-            ),
+            edge_tolerance=tolerance(facts),
             axes=axes,
         )
         direction = kernel.apply(psi, schur, mu_hat, axes=axes)
@@ -173,7 +226,8 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         bands = band_of(facts)
         pattern = _PATTERNS.get(bands, f'{bands} bands')
         chains = math.prod(facts.shape[: facts.batch_axes])
-        return f'{pattern}, {chains} x {facts.size}, order {facts.order or order}'
+        how = '' if cut_of(facts) is None else ', in one pass'
+        return f'{pattern}, {chains} x {facts.size}, order {facts.order or order}{how}'
 
     return leafwise.leafwise(
         ScaleBySonewState,
@@ -204,6 +258,7 @@ def sonew(
     stochastic_rounding: bool = True,
     layout: layout_lib.Layout = None,
     diagnostics: bool = False,
+    impl: str = 'auto',
     weight_decay: Scalar = 0.0,
     mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -267,6 +322,11 @@ def sonew(
         ``(path, leaf) -> LeafRule | None``, which may lower a leaf's band but not raise it.
       diagnostics: whether the state's ``dropped_edges`` counts, leaf by leaf, the edges that the
         last step dropped. Costs nothing when off.
+      impl: 'pallas': leaves that can go through a kernel do, in one pass over memory; 'xla': none
+        does; 'auto': the first on a single TPU. The kernel takes up to four bands, order 'F' in
+        leaves of two or three axes that fill a TPU's tiles, float32 throughout, and neither
+        ``relative_eps`` nor ``diagnostics``; what it does not take, and whatever is sharded by the
+        compiler, is XLA's. The results are the same to rounding. Other backends interpret it.
       weight_decay: decoupled, as in ``optax.adamw``, >= 0.
       mask: which leaves decay, as in ``optax.adamw``.
 
@@ -310,5 +370,6 @@ def sonew(
         stochastic_rounding=stochastic_rounding,
         layout=layout,
         diagnostics=diagnostics,
+        impl=impl,
     )
     return leafwise.chain_learning_rate(direction, learning_rate, weight_decay, mask)

@@ -19,6 +19,10 @@ KINDS = (
 _COLLECTIVE = re.compile(
     rf'= (\(.*?\)|\S+) ({"|".join(KINDS)})(-start|-done)?\((?:.*?channel_id=(\d+))?'
 )
+_RESULT = re.compile(r'(%[\w.-]+) = (\(.*?\)|\S+) [\w-]+\(')
+_KERNEL = re.compile(
+    r'(%[\w.-]+) = [^\n]*? custom-call\(([^)]*)\), custom_call_target="tpu_custom_call"'
+)
 _ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?)?')
 
 
@@ -53,6 +57,29 @@ def collectives(text: str, *, padded: bool = False) -> list[tuple[str, int]]:
             if channel:
                 seen.add((kind, channel, size))
     return found
+
+
+def kernel_traffic(text: str) -> int:
+    """Bytes that a TPU program's Pallas kernels read and write: their operands and results.
+
+    The compiler's own count leaves them out.
+
+    Example:
+      >>> lines = [
+      ...   '%x = f32[8,128]{1,0} parameter(0)',
+      ...   '%y = f32[8,128]{1,0} custom-call(%x, %x), custom_call_target="tpu_custom_call"',
+      ... ]
+      >>> kernel_traffic('\\n'.join(lines)) // (8 * 128 * 4)
+      3
+    """
+    sizes = {
+        name: sum(_bytes(False, *array) for array in _ARRAY.findall(result))
+        for name, result in _RESULT.findall(text)
+    }
+    return sum(
+        sizes[name] + sum(sizes[operand] for operand in re.findall(r'%[\w.-]+', operands))
+        for name, operands in _KERNEL.findall(text)
+    )
 
 
 def border(leaf: Any) -> int:

@@ -121,3 +121,31 @@ def test_adams_traffic_on_one_chip():
     }
     print(tpu_compile.traffic_table(results))
     assert results['adam'].traffic / tpu_compile.LEAF_SIZE == pytest.approx(28, rel=0.01)
+
+
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+@pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'band', 'more'),
+    [
+        ((8192, 8192), 0, 0, 1.01),
+        ((8192, 8192), 0, 1, 1.05),
+        ((8192, 8192), 0, 2, 1.1),
+        ((8192, 8192), 0, 4, 1.1),
+        ((1000, 70_000), 0, 1, 1.15),
+        ((32, 1536, 4096), 1, 1, 1.1),
+        ((32, 1536, 16, 128), 1, 1, 1.15),
+        ((32, 1536, 16, 128), 1, 4, 1.75),  # whose tiles have but 32 rows, and 16 beside them
+    ],
+)
+def test_one_pass_over_memory(topology, shape, batch_axes, band, more):
+    """Arrays g m d e read and m d e u written, u and p read and p written; a few rows twice."""
+    pytest.importorskip('libtpu')
+    layout = {'': precond_optax.LeafRule(batch_axes=batch_axes)}
+    tx = precond_optax.sonew(1e-3, band=band, impl='pallas', layout=layout)
+    leaf = tpu_compile.one_leaf(shape, topology)
+    facts = tpu_compile.measure(tx, leaf)
+    traffic, temporary = facts.traffic / leaf.size, facts.temporary / leaf.size
+    least = 2 * 4 * (3 + band) + 12
+    print(f'{topology} {shape} band {band}: {traffic:.2f} ({least}), temporary {temporary:.2f}')
+    assert least <= traffic <= more * least
+    assert temporary <= (5.5 if band < 4 else 20)

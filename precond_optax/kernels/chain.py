@@ -15,13 +15,27 @@ Flattening a sharded array makes XLA gather it. A roll along an axis moves the b
 ring of shards; so does the shift of the border row along the slower axes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from precond_optax import placement
+
+
+class Tile(NamedTuple):
+    """In place of ``axes``, the rows of a tile that has some to spare at both ends.
+
+    Attributes:
+      roll: of a tile and a number of rows, the tile rolled on by them; as ``jnp.roll`` on axis 0.
+    """
+
+    roll: Callable[[jax.Array, int], jax.Array]
+
+
+Axes: TypeAlias = Sequence[int] | Tile
 
 
 def _neighbour(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
@@ -44,13 +58,15 @@ def _neighbour(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
     return jnp.where(border, _neighbour(rolled, slower, step), rolled)
 
 
-def _neighbour_anywhere(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
+def _neighbour_anywhere(x: jax.Array, axes: Axes, step: int) -> jax.Array:
     """The same where the mesh has explicit axes, along which rolls and masks have no rule."""
+    if isinstance(axes, Tile):
+        return axes.roll(x, -step)
     one = placement.in_auto_axes(lambda x: (_neighbour(x, axes, step),), x, [placement.like(x)], x)
     return one[0]
 
 
-def successor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+def successor(x: jax.Array, axes: Axes) -> jax.Array:
     """The next entry along the chain in place of each entry, zero in place of the last.
 
     Args:
@@ -68,7 +84,7 @@ def successor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     return _neighbour_anywhere(x, axes, 1)
 
 
-def predecessor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+def predecessor(x: jax.Array, axes: Axes) -> jax.Array:
     """The entry before along the chain in place of each entry, zero in place of the first.
 
     Args:
@@ -86,7 +102,7 @@ def predecessor(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     return _neighbour_anywhere(x, axes, -1)
 
 
-def sum_of_predecessors(arrays: Sequence[jax.Array], axes: Sequence[int]) -> jax.Array:
+def sum_of_predecessors(arrays: Sequence[jax.Array], axes: Axes) -> jax.Array:
     """The first array's entry one before, and the second's two before, and so on, added up.
 
     By Horner's rule: as many single steps as there are arrays, each over one border.

@@ -1,0 +1,136 @@
+"""The fused kernel against the verbs that it fuses, interpreted; `cut` says what it takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from precond_optax.kernels import banded, chain, diagonal, fused, tridiagonal
+
+SCALARS = fused.Scalars(0.9, 0.8, 1 / (1 - 0.9**3), 1 / (1 - 0.8**3), 0.1, 1e-7)
+# Shape, batch axes, the chain's axes, bands.
+CASES = [
+    ((64, 128), 0, (0, 1), 1),  # one tile
+    ((96, 300), 0, (0, 1), 1),  # several, and columns that do not fill the last one
+    ((22, 129), 0, (0, 1), 2),  # rows that are no multiple of eight
+    ((96, 256), 0, (0, 1), 4),
+    ((96, 130), 0, (0, 1), 0),
+    ((2, 96, 130), 1, (1, 2), 1),
+    ((2, 3, 48, 128), 2, (2, 3), 3),
+    ((160, 16, 130), 0, (0, 1, 2), 1),  # heads
+    ((48, 8, 128), 0, (0, 2, 1), 2),  # heads merged with what follows them
+    ((2, 96, 16, 128), 1, (1, 2, 3), 4),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Of 8 to 32 rows, so that small leaves have several."""
+    real = fused.cut
+
+    def cut(shape, batch_axes, axes, band):
+        heads = len(shape) - batch_axes == 3
+        monkeypatch.setattr(fused, '_TILE_BYTES', 2**17 if heads else 2**14)
+        return real(shape, batch_axes, axes, band)
+
+    monkeypatch.setattr(fused, 'cut', cut)
+
+
+def verbs(pattern, axes, batch_axes, grad, mu, nu, offdiag, s, adam_eps):
+    """What `fused.step` computes, on whole arrays."""
+    mu = s.b1 * mu + (1 - s.b1) * grad
+    mu_hat = mu * s.mu_correction
+    nu, edges = pattern.accumulate(grad, nu, offdiag, b2=s.b2, axes=axes)
+    psi, schur = pattern.factor(
+        nu * s.nu_correction,
+        tuple(edge * s.nu_correction for edge in edges),
+        eps=s.eps,
+        relative_eps=0.0,
+        edge_tolerance=s.edge_tolerance,
+        axes=axes,
+    )
+    direction = pattern.apply(psi, schur, mu_hat, axes=axes)
+    w = mu_hat if adam_eps is None else mu_hat / (jnp.sqrt(nu * s.nu_correction) + adam_eps)
+    own = tuple(range(batch_axes, grad.ndim))
+    squares = (jnp.sum(x * x, axis=own).ravel() for x in (direction, w))
+    return mu, nu, edges, direction, *squares
+
+
+def arrays(rng, shape, axes, band, scale=1.0):
+    """A gradient and statistics of some steps, with no edges past the chains' ends."""
+    grads = [jnp.asarray(scale * rng.normal(size=shape), jnp.float32) for _ in range(4)]
+    nu, edges = jnp.zeros(shape), tuple(jnp.zeros(shape) for _ in range(band))
+    for grad in grads[1:]:
+        nu, edges = banded.accumulate(grad, nu, edges, b2=0.7, axes=axes)
+    return grads[0], sum(grads[1:]) / 3, nu, edges
+
+
+@pytest.mark.parametrize(('shape', 'batch_axes', 'axes', 'band'), CASES)
+@pytest.mark.parametrize('adam_eps', [1e-8, None])
+def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
+    leaf = fused.cut(shape, batch_axes, axes, band)
+    pattern = {0: diagonal, 1: tridiagonal}.get(band, banded)
+    given = arrays(rng, shape, axes, band)
+    got = fused.step(pattern, leaf, *given, SCALARS, adam_eps=adam_eps, interpret=True)
+    expected = verbs(pattern, axes, batch_axes, *given, SCALARS, adam_eps)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5 * jnp.max(abs(b))),
+        got,
+        expected,
+    )
+
+
+def test_the_cases_have_several_tiles():
+    tiles = {case[0]: case[0][case[1]] // fused.cut(case[0], *case[1:]).tile for case in CASES}
+    assert sum(count > 2 for count in tiles.values()) >= 5
+    assert min(tiles.values()) == 1
+
+
+@pytest.mark.parametrize('band', [1, 4])
+def test_a_tile_s_border_is_no_end_of_the_chain(band, rng):
+    """A gradient in one row alone moves the rows beside it, in other tiles too."""
+    shape, axes = (192, 128), (0, 1)
+    leaf = fused.cut(shape, 0, axes, band)
+    assert 2 * leaf.tile < shape[0]
+    _, mu, nu, edges = arrays(rng, shape, axes, band)
+    pattern = {1: tridiagonal}.get(band, banded)
+    for row in (leaf.tile - 1, leaf.tile, 0, shape[0] - 1):
+        one = jnp.zeros(shape).at[row].set(1e3)
+        direction = fused.step(
+            pattern, leaf, one, 0 * mu, nu, edges, SCALARS, adam_eps=None, interpret=True
+        )[3]
+        line = np.asarray(chain.to_line(direction, axes)).reshape(shape[1], shape[0])
+        middle = line[64]
+        moved = {(row + k) % shape[0] for k in range(-band, band + 1)}
+        across = {r for r in moved if abs(r - row) > band}  # in the column beside
+        assert set(np.flatnonzero(middle)) == moved - across | {
+            r for r in across if np.any(line[[63, 65]][:, r])
+        }
+        assert all(middle[r] != 0 for r in moved - across)
+
+
+def test_columns_past_the_array_do_not_count(rng):
+    """What a tile reads there is anything; its squares are no part of the norms."""
+    shape, axes = (64, 129), (0, 1)
+    leaf = fused.cut(shape, 0, axes, 1)
+    given = arrays(rng, shape, axes, 1, scale=1e3)
+    got = fused.step(tridiagonal, leaf, *given, SCALARS, adam_eps=1e-8, interpret=True)
+    np.testing.assert_allclose(got[4], jnp.sum(got[3] ** 2)[None], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'axes', 'band'),
+    [
+        ((64, 128), 0, (1, 0), 1),  # along the last axis first
+        ((64, 100), 0, (0, 1), 1),  # less than a TPU's tile
+        ((4, 128), 0, (0, 1), 1),  # fewer rows than one
+        ((64, 128), 0, (0, 1), 5),
+        ((64, 12, 128), 0, (0, 1, 2), 1),  # a TPU would hold 16 for 12
+        ((2, 2, 2, 128), 0, (0, 1, 2, 3), 1),
+        ((128,), 0, (0,), 1),
+        ((0, 128), 0, (0, 1), 1),
+        ((10_007, 128), 0, (0, 1), 1),  # prime
+    ],
+)
+def test_what_is_not_taken(shape, batch_axes, axes, band):
+    assert fused.cut(shape, batch_axes, axes, band) is None
