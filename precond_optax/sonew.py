@@ -323,7 +323,7 @@ def sonew(
       diagnostics: whether the state's ``dropped_edges`` counts, leaf by leaf, the edges that the
         last step dropped. Costs nothing when off.
       impl: 'pallas': leaves that can go through a kernel do, in one pass over memory; 'xla': none
-        does; 'auto': the first on a single TPU. The kernel takes up to four bands, order 'F' in
+        does; 'auto': the first on a single TPU. The kernel takes up to eight bands, order 'F' in
         leaves of two or three axes that fill a TPU's tiles, float32 throughout, and neither
         ``relative_eps`` nor ``diagnostics``; what it does not take, and whatever is sharded by the
         compiler, is XLA's. The results are the same to rounding. Other backends interpret it.

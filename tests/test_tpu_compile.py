@@ -131,10 +131,11 @@ def test_adams_traffic_on_one_chip():
         ((8192, 8192), 0, 1, 1.05),
         ((8192, 8192), 0, 2, 1.1),
         ((8192, 8192), 0, 4, 1.1),
+        ((8192, 8192), 0, 8, 1.3),
         ((1000, 70_000), 0, 1, 1.15),
         ((32, 1536, 4096), 1, 1, 1.1),
         ((32, 1536, 16, 128), 1, 1, 1.15),
-        ((32, 1536, 16, 128), 1, 4, 1.75),  # whose tiles have but 32 rows, and 16 beside them
+        ((32, 1536, 16, 128), 1, 4, 1.5),  # whose tiles have but 32 rows, and 8 beside them
     ],
 )
 def test_one_pass_over_memory(topology, shape, batch_axes, band, more):

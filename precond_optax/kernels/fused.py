@@ -19,14 +19,12 @@ from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from precond_optax.checks import Scalar
 from precond_optax.kernels import chain
 
 SUBLANES, LANES = 8, 128  # of a TPU's tile: of the last two axes
-MAX_BAND = SUBLANES // 2
+MAX_BAND = SUBLANES
 # Of one array. The kernel holds each of some ten twice, and temporaries, in 16 MB.
 _TILE_BYTES = 2**18
 
@@ -54,7 +52,7 @@ class Cut(NamedTuple):
       rest: the sizes of the other axes.
       slower: these axes in the chain's order, from 0.
       tile: rows of a tile.
-      halo: rows before and after it: a band of b looks b rows back and 2 b ahead.
+      halo: rows before and after it: a band of b looks b rows back and b ahead.
       arrays: read of each tile, and written: g m d e, and m d e u.
     """
 
@@ -94,7 +92,8 @@ def cut(shape: Sequence[int], batch_axes: int, axes: Sequence[int], band: int) -
     flat = len(rest) == 1  # then rows are a tile's second axis
     if rest[-1] < LANES or not (flat or rest[0] % SUBLANES == 0):
         return None
-    unit, halo = (SUBLANES, SUBLANES) if flat else (1, max(1, 2 * band))
+    # Single rows cut out of many tiles take XLA more than two do.
+    unit, halo = (SUBLANES, SUBLANES) if flat else (1, max(2, band))
     # The more arrays there are, the less room has each.
     most = _TILE_BYTES * 4 // (3 + max(1, band)) // (4 * LANES * SUBLANES ** (len(rest) - 1))
     sizes = (rows, *range(most // unit * unit, SUBLANES - 1, -unit))
@@ -134,6 +133,10 @@ def step(
     Returns:
       The new m, d and e, the direction u, and the sums of the squares of u and of w, (batch,).
     """
+    # Here, because it is a large part of the package's own import, and few need it.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     arrays = [x.reshape(leaf.batch, leaf.rows, *leaf.rest) for x in (grad, mu, nu, *offdiag)]
     tiles, count = leaf.rows // leaf.tile, len(arrays)
     borders = [border for x in arrays for border in _borders(x, leaf)] if offdiag else []
@@ -188,7 +191,10 @@ def _borders(x: jax.Array, leaf: Cut) -> tuple[jax.Array, ...]:
 def _kernel(
     pattern: ModuleType, leaf: Cut, adam_eps: float | None, interpret: bool, *refs: Any
 ) -> None:
-    """Of a tile: ``refs`` are the scalars; g m d e; the rows before, and after; the results."""
+    """Of a tile: ``refs`` are the scalars; g m d e; of each of these its borders; the results."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     numbers, *arrays = refs
     results, squares = arrays[-leaf.arrays - 1 : -1], arrays[-1]
     owns, borders = arrays[: leaf.arrays], arrays[leaf.arrays : -leaf.arrays - 1]

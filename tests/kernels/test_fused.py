@@ -14,6 +14,7 @@ CASES = [
     ((96, 300), 0, (0, 1), 1),  # several, and columns that do not fill the last one
     ((22, 129), 0, (0, 1), 2),  # rows that are no multiple of eight
     ((96, 256), 0, (0, 1), 4),
+    ((96, 128), 0, (0, 1), 8),
     ((96, 130), 0, (0, 1), 0),
     ((2, 96, 130), 1, (1, 2), 1),
     ((2, 3, 48, 128), 2, (2, 3), 3),
@@ -124,7 +125,7 @@ def test_columns_past_the_array_do_not_count(rng):
         ((64, 128), 0, (1, 0), 1),  # along the last axis first
         ((64, 100), 0, (0, 1), 1),  # less than a TPU's tile
         ((4, 128), 0, (0, 1), 1),  # fewer rows than one
-        ((64, 128), 0, (0, 1), 5),
+        ((64, 128), 0, (0, 1), 9),
         ((64, 12, 128), 0, (0, 1, 2), 1),  # a TPU would hold 16 for 12
         ((2, 2, 2, 128), 0, (0, 1, 2, 3), 1),
         ((128,), 0, (0,), 1),
