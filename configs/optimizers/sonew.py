@@ -20,6 +20,7 @@ def get_config() -> config_dict.ConfigDict:
             stats_dtype=config_dict.placeholder(str),
             stochastic_rounding=True,
             diagnostics=False,
+            impl='auto',
             weight_decay=0.0,
             schedules=dict(),
             layout=(),
