@@ -35,7 +35,7 @@ class Tile(NamedTuple):
     roll: Callable[[jax.Array, int], jax.Array]
 
 
-Axes: TypeAlias = Sequence[int] | Tile
+ChainAxes: TypeAlias = Sequence[int] | Tile
 
 
 def _neighbour(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
@@ -58,7 +58,7 @@ def _neighbour(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
     return jnp.where(border, _neighbour(rolled, slower, step), rolled)
 
 
-def _neighbour_anywhere(x: jax.Array, axes: Axes, step: int) -> jax.Array:
+def _neighbour_anywhere(x: jax.Array, axes: ChainAxes, step: int) -> jax.Array:
     """The same where the mesh has explicit axes, along which rolls and masks have no rule."""
     if isinstance(axes, Tile):
         return axes.roll(x, -step)
@@ -66,7 +66,7 @@ def _neighbour_anywhere(x: jax.Array, axes: Axes, step: int) -> jax.Array:
     return one[0]
 
 
-def successor(x: jax.Array, axes: Axes) -> jax.Array:
+def successor(x: jax.Array, axes: ChainAxes) -> jax.Array:
     """The next entry along the chain in place of each entry, zero in place of the last.
 
     Args:
@@ -84,7 +84,7 @@ def successor(x: jax.Array, axes: Axes) -> jax.Array:
     return _neighbour_anywhere(x, axes, 1)
 
 
-def predecessor(x: jax.Array, axes: Axes) -> jax.Array:
+def predecessor(x: jax.Array, axes: ChainAxes) -> jax.Array:
     """The entry before along the chain in place of each entry, zero in place of the first.
 
     Args:
@@ -102,7 +102,7 @@ def predecessor(x: jax.Array, axes: Axes) -> jax.Array:
     return _neighbour_anywhere(x, axes, -1)
 
 
-def sum_of_predecessors(arrays: Sequence[jax.Array], axes: Axes) -> jax.Array:
+def sum_of_predecessors(arrays: Sequence[jax.Array], axes: ChainAxes) -> jax.Array:
     """The first array's entry one before, and the second's two before, and so on, added up.
 
     By Horner's rule: as many single steps as there are arrays, each over one border.

@@ -27,8 +27,6 @@ SUBLANES, LANES = 8, 128  # of a TPU's tile: of the last two axes
 MAX_BAND = SUBLANES
 # Of one array. The kernel holds each of some ten twice, and temporaries, in 16 MB.
 _TILE_BYTES = 2**18
-
-
 PARALLEL: Final = 'parallel'  # no step of the grid waits for another
 
 
@@ -115,7 +113,7 @@ def step(
     scalars: Scalars,
     *,
     adam_eps: float | None,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array, jax.Array, jax.Array]:
     """The verbs of a pattern, and the squares of what is grafted.
 
@@ -128,7 +126,8 @@ def step(
       offdiag: e, one array for each off-diagonal.
       scalars: decays, corrections, damping.
       adam_eps: w is Adam's direction with this epsilon; None: the bias-corrected m.
-      interpret: whether JAX runs the kernel step by step, on any backend.
+      interpret: True: JAX runs the kernel step by step, on any backend; also ``pallas_call``'s
+        ``InterpretParams``, with a TPU's memory.
 
     Returns:
       The new m, d and e, the direction u, and the sums of the squares of u and of w, (batch,).
@@ -155,7 +154,7 @@ def step(
     like = jax.ShapeDtypeStruct(arrays[0].shape, grad.dtype)
     squares = jax.ShapeDtypeStruct((leaf.batch, tiles, 2, *leaf.rest), grad.dtype)
     *new, direction, parts = pl.pallas_call(
-        functools.partial(_kernel, pattern, leaf, adam_eps, interpret),
+        functools.partial(_kernel, pattern, leaf, adam_eps),
         grid=grid,
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
@@ -188,9 +187,7 @@ def _borders(x: jax.Array, leaf: Cut) -> tuple[jax.Array, ...]:
     return last, first, chain.predecessor(last[:, -1], axes), chain.successor(first[:, 0], axes)
 
 
-def _kernel(
-    pattern: ModuleType, leaf: Cut, adam_eps: float | None, interpret: bool, *refs: Any
-) -> None:
+def _kernel(pattern: ModuleType, leaf: Cut, adam_eps: float | None, *refs: Any) -> None:
     """Of a tile: ``refs`` are the scalars; g m d e; of each of these its borders; the results."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
@@ -202,7 +199,7 @@ def _kernel(
     place, tiles = pl.program_id(1), leaf.rows // leaf.tile
 
     def roll(x: jax.Array, by: int) -> jax.Array:
-        if interpret or x.ndim > 2:  # rows are whole tiles then, and moved for nothing
+        if x.ndim > 2:  # rows are whole tiles then, and moved for nothing
             return jnp.roll(x, by, 0)
         return pltpu.roll(x, by % x.shape[0], 0)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from precond_optax.kernels import banded, chain, diagonal, fused, tridiagonal
 
@@ -66,6 +67,14 @@ def arrays(rng, shape, axes, band, scale=1.0):
     return grads[0], sum(grads[1:]) / 3, nu, edges
 
 
+def assert_near(got, expected):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5 * jnp.max(abs(b))),
+        got,
+        expected,
+    )
+
+
 @pytest.mark.parametrize(('shape', 'batch_axes', 'axes', 'band'), CASES)
 @pytest.mark.parametrize('adam_eps', [1e-8, None])
 def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
@@ -74,11 +83,25 @@ def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
     given = arrays(rng, shape, axes, band)
     got = fused.step(pattern, leaf, *given, SCALARS, adam_eps=adam_eps, interpret=True)
     expected = verbs(pattern, axes, batch_axes, *given, SCALARS, adam_eps)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5 * jnp.max(abs(b))),
-        got,
-        expected,
-    )
+    assert_near(got, expected)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'axes', 'band'),
+    [
+        ((96, 256), 0, (0, 1), 1),
+        ((2, 48, 128), 1, (1, 2), 4),
+        pytest.param((160, 16, 128), 0, (0, 1, 2), 1, marks=pytest.mark.slow),
+    ],
+)
+def test_in_a_tpu_s_memory(shape, batch_axes, axes, band, rng):
+    """Tiles in any order, results where arguments are, copies that wait, memory full of NaN."""
+    leaf = fused.cut(shape, batch_axes, axes, band)
+    pattern = {1: tridiagonal}.get(band, banded)
+    given = arrays(rng, shape, axes, band)
+    memory = pltpu.InterpretParams(uninitialized_memory='nan', random_seed=1)
+    got = fused.step(pattern, leaf, *given, SCALARS, adam_eps=1e-8, interpret=memory)
+    assert_near(got, verbs(pattern, axes, batch_axes, *given, SCALARS, 1e-8))
 
 
 def test_the_cases_have_several_tiles():
