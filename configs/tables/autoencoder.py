@@ -84,7 +84,11 @@ def get_config() -> config_dict.ConfigDict:
                     reported=51.36,
                     confidence='recalled',
                 ),
-                shared_basis=_row('shared_basis', label='shared basis, rank 32'),
+                shared_basis=_row(
+                    'shared_basis',
+                    dict(learning_rate=3.042e-3, b1=0.8506, b2=0.827, eps=2.218e-5),
+                    label='shared basis, rank 32',
+                ),
                 # The best of its kinds: `experiments/results/autoencoder/mini_blocks_epochs_100`.
                 mbag_ema=_row(
                     'mbag',
