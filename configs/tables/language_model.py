@@ -10,6 +10,8 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from configs.tables import pos_tagging
+
 _LENGTHS = dict(
     tiny=dict(
         files=('text/books/*.txt',),
@@ -30,17 +32,6 @@ _LENGTHS = dict(
         checkpoint_every_steps=100,
         evaluate_every_steps=100,
         evaluate_batches=32,
-    ),
-)
-# Damped in units of each leaf's own statistics, as in `pos_tagging.py`.
-_SONEW = dict(
-    eps=1e-12,
-    relative_eps=1e-4,
-    search_space=dict(
-        learning_rate=dict(low=1e-3, high=3e-2),
-        b1=dict(low=0.02, high=0.2, one_minus=True),
-        b2=dict(low=0.002, high=0.2, one_minus=True),
-        relative_eps=dict(low=1e-6, high=1e-1),
     ),
 )
 
@@ -70,8 +61,8 @@ def get_config(size: str = 'tiny') -> config_dict.ConfigDict:
             rows=dict(
                 adamw=_row('adamw', 'AdamW'),
                 adafactor=_row('adafactor', 'Adafactor'),
-                sonew_tridiagonal=_row('sonew', 'SONew, tridiagonal', **_SONEW),
-                sonew_band_4=_row('sonew', 'SONew, band 4', band=4, **_SONEW),
+                sonew_tridiagonal=_row('sonew', 'SONew, tridiagonal', **pos_tagging.SONEW),
+                sonew_band_4=_row('sonew', 'SONew, band 4', band=4, **pos_tagging.SONEW),
                 shared_basis=_row('shared_basis', 'shared basis, rank 32'),
             ),
         )

@@ -11,7 +11,7 @@ from ml_collections import config_dict
 _CONFIDENCE = 'with ROOT'
 # Damped in units of each leaf's own statistics: the config's eps is of the autoencoder's summed
 # loss, whose gradients are far larger.
-_SONEW = dict(
+SONEW = dict(
     eps=1e-12,
     relative_eps=1e-4,
     search_space=dict(
@@ -44,8 +44,8 @@ def get_config() -> config_dict.ConfigDict:
                 block_adam=_row(
                     'block_adam', dict(block_size=8), label='Block Adam, 8', reported=70.43
                 ),
-                sonew_tridiagonal=_row('sonew', _SONEW, label='SONew, tridiagonal'),
-                sonew_band_4=_row('sonew', dict(band=4, **_SONEW), label='SONew, band 4'),
+                sonew_tridiagonal=_row('sonew', SONEW, label='SONew, tridiagonal'),
+                sonew_band_4=_row('sonew', dict(band=4, **SONEW), label='SONew, band 4'),
                 shared_basis=_row('shared_basis', label='shared basis, rank 32', reported=70.63),
                 mbag=_row('mbag', label='MBAG'),
                 soaa=_row('soaa', label='SOAA'),

@@ -104,10 +104,16 @@ def test_eight_devices_equal_one(name, mesh):
     layers, width, hidden = up.shape
     shard = (layers, width // fsdp, hidden // tensor)
     assert {s.data.shape for s in up.addressable_shards} == {shard}
-    held, whole = max(bytes_by_device(got).values()), sum(x.nbytes for x in jax.tree.leaves(got))
-    small = sum(x.nbytes for x in jax.tree.leaves(got) if x.size < 300)
-    odd = 4 * whole // 100  # never cut along its 3 heads
-    assert held <= whole / (fsdp * tensor) + small + odd
+    shapes = {x.shape for x in jax.tree.leaves(got.params) if x.ndim > 1}
+    mirrored = [x for x in jax.tree.leaves(got) if x.shape in shapes]
+    held, whole = max(bytes_by_device(mirrored).values()), sum(x.nbytes for x in mirrored)
+    # 'odd' is never cut along its 3 heads.
+    assert held <= whole / (fsdp * tensor) + 3 * 3 * 8 * 4 * len(mirrored) / len(shapes)
+    # Coefficients of the shared basis and their roots, k^2 numbers for each output.
+    others = [x for x in jax.tree.leaves(got) if x.size >= 300 and x.shape[-1] >= 64]
+    assert bool(others) == (name == 'shared_basis')
+    for x in others:
+        assert max(bytes_by_device(x).values()) == x.nbytes // (fsdp * tensor), x.shape
 
 
 @pytest.mark.parametrize(('mesh', 'count'), [(None, 4), ((2, 2, 2), 2)])
