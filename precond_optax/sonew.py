@@ -143,6 +143,10 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             return edge_tolerance
         return _edge_tolerance(jnp.dtype(stats_dtype or facts.compute_dtype))
 
+    def scalars_of(state: ScaleBySonewState, facts: LeafLayout) -> fused.Scalars:
+        mu_correction, nu_correction = 1 / (1 - b1**state.count), 1 / (1 - b2**state.count)
+        return fused.Scalars(b1, b2, mu_correction, nu_correction, eps, tolerance(facts))
+
     def cut_of(facts: LeafLayout) -> fused.Cut | None:
         """How the kernel cuts a leaf, if it takes it."""
         dtypes = {jnp.dtype(d) for d in (facts.dtype, mu_dtype, stats_dtype) if d is not None}
@@ -155,10 +159,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     def in_one_pass(
         cut: fused.Cut, grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
     ) -> tuple[jax.Array, leafwise.Fields]:
-        held = state.offdiag[: band_of(facts)]
-        scalars = fused.Scalars(
-            b1, b2, 1 / (1 - b1**state.count), 1 / (1 - b2**state.count), eps, tolerance(facts)
-        )
+        held, scalars = state.offdiag[: band_of(facts)], scalars_of(state, facts)
         step = functools.partial(
             fused.step,
             _KERNELS.get(len(held), banded),
@@ -189,32 +190,26 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         if cut is not None and not placement.is_divided(grad):
             return in_one_pass(cut, grad, state, facts)
         axes, bands = facts.chain_axes(facts.order or order), band_of(facts)
-        mu = b1 * state.mu + (1 - b1) * grad
-        mu_hat = mu / (1 - b1**state.count)
-        correction = 1 / (1 - b2**state.count)
+        scalars = scalars_of(state, facts)
         if not facts.precondition:
+            mu = b1 * state.mu + (1 - b1) * grad
             nu, _ = diagonal.accumulate(grad, state.nu, (), b2=b2, axes=axes)
-            return grafting.adam_direction(mu_hat, nu * correction), {'mu': mu, 'nu': nu}
-        kernel = _KERNELS.get(bands, banded)
-        held = state.offdiag[:bands]
-        nu, offdiag = kernel.accumulate(grad, state.nu, held, b2=b2, axes=axes)
-        nu_hat = nu * correction
-        psi, schur = kernel.factor(
-            nu_hat,
-            tuple(edge * correction for edge in offdiag),
-            eps=eps,
+            means = (mu * scalars.mu_correction, nu * scalars.nu_correction)
+            return grafting.adam_direction(*means), {'mu': mu, 'nu': nu}
+        new = fused.verbs(
+            _KERNELS.get(bands, banded),
+            *(grad, state.mu, state.nu, state.offdiag[:bands], scalars),
             relative_eps=relative_eps,
-            edge_tolerance=tolerance(facts),
             axes=axes,
         )
-        direction = kernel.apply(psi, schur, mu_hat, axes=axes)
+        direction = new.direction
         if graft is not None:
-            magnitude = grafting.magnitude(graft, mu_hat, nu_hat, state.graft)
+            magnitude = grafting.magnitude(graft, new.mu_hat, new.nu_hat, state.graft)
             direction = grafting.rescale(direction, magnitude, facts.axes)
-        changed = {'mu': mu, 'nu': nu, 'offdiag': _padded(offdiag, widest)}
+        changed = {'mu': new.mu, 'nu': new.nu, 'offdiag': _padded(new.offdiag, widest)}
         if diagnostics:
             # An edge of weight zero is none; of the others the factors lack the dropped ones.
-            pairs = zip(offdiag, psi, strict=True)
+            pairs = zip(new.offdiag, new.psi, strict=True)
             changed['dropped_edges'] = sum(
                 jnp.sum((e != 0) & (p == 0), dtype=jnp.float32) for e, p in pairs
             )

@@ -103,6 +103,61 @@ def cut(shape: Sequence[int], batch_axes: int, axes: Sequence[int], band: int) -
     return Cut(batch, rows, tuple(rest), slower, tile, halo, 3 + band)
 
 
+class Stepped(NamedTuple):
+    """What the verbs make of a gradient: arrays of its shape."""
+
+    mu: jax.Array
+    nu: jax.Array
+    offdiag: tuple[jax.Array, ...]
+    psi: tuple[jax.Array, ...]
+    direction: jax.Array
+    mu_hat: jax.Array
+    nu_hat: jax.Array
+
+
+def verbs(
+    pattern: ModuleType,
+    grad: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    offdiag: tuple[jax.Array, ...],
+    scalars: Scalars,
+    *,
+    relative_eps: Scalar = 0.0,
+    axes: chain.ChainAxes,
+) -> Stepped:
+    """The verbs of a pattern one after another, on a whole leaf or on a tile.
+
+    Args:
+      pattern: the module of its verbs.
+      grad: g.
+      mu: m.
+      nu: d.
+      offdiag: e, one array for each off-diagonal.
+      scalars: decays, corrections, damping.
+      relative_eps: as in the verb ``factor``.
+      axes: the chain's, fastest first.
+
+    Returns:
+      The new statistics, the factors, the direction, and the bias-corrected means.
+    """
+    s = scalars
+    mu = s.b1 * mu + (1 - s.b1) * grad
+    mu_hat = mu * s.mu_correction
+    nu, edges = pattern.accumulate(grad, nu, offdiag, b2=s.b2, axes=axes)
+    nu_hat = nu * s.nu_correction
+    psi, schur = pattern.factor(
+        nu_hat,
+        tuple(edge * s.nu_correction for edge in edges),
+        eps=s.eps,
+        relative_eps=relative_eps,
+        edge_tolerance=s.edge_tolerance,
+        axes=axes,
+    )
+    direction = pattern.apply(psi, schur, mu_hat, axes=axes)
+    return Stepped(mu, nu, edges, psi, direction, mu_hat, nu_hat)
+
+
 def step(
     pattern: ModuleType,
     leaf: Cut,
@@ -219,22 +274,12 @@ def _kernel(pattern: ModuleType, leaf: Cut, adam_eps: float | None, *refs: Any) 
 
     axes = chain.Tile(roll)
     grad, mu, nu, *offdiag = (widened(i) for i in range(leaf.arrays))
-    mu = s.b1 * mu + (1 - s.b1) * grad
-    mu_hat = mu * s.mu_correction
-    nu, edges = pattern.accumulate(grad, nu, tuple(offdiag), b2=s.b2, axes=axes)
-    nu_hat = nu * s.nu_correction
-    psi, schur = pattern.factor(
-        nu_hat,
-        tuple(edge * s.nu_correction for edge in edges),
-        eps=s.eps,
-        relative_eps=0.0,
-        edge_tolerance=s.edge_tolerance,
-        axes=axes,
-    )
-    direction = pattern.apply(psi, schur, mu_hat, axes=axes)
-    magnitude = mu_hat if adam_eps is None else mu_hat / (jnp.sqrt(nu_hat) + adam_eps)
+    new = verbs(pattern, grad, mu, nu, tuple(offdiag), s, axes=axes)
+    magnitude = new.mu_hat
+    if adam_eps is not None:
+        magnitude = magnitude / (jnp.sqrt(new.nu_hat) + adam_eps)
     inside = slice(leaf.halo, leaf.halo + leaf.tile) if borders else slice(None)
-    for result, x in zip(results, (mu, nu, *edges, direction), strict=True):
+    for result, x in zip(results, (new.mu, new.nu, *new.offdiag, new.direction), strict=True):
         result[0] = x[inside]
-    for i, x in enumerate((direction[inside], magnitude[inside])):
+    for i, x in enumerate((new.direction[inside], magnitude[inside])):
         squares[0, 0, i] = jnp.sum(x * x, axis=0)

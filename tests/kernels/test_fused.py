@@ -40,22 +40,11 @@ def small_tiles(monkeypatch):
 
 def verbs(pattern, axes, batch_axes, grad, mu, nu, offdiag, s, adam_eps):
     """What `fused.step` computes, on whole arrays."""
-    mu = s.b1 * mu + (1 - s.b1) * grad
-    mu_hat = mu * s.mu_correction
-    nu, edges = pattern.accumulate(grad, nu, offdiag, b2=s.b2, axes=axes)
-    psi, schur = pattern.factor(
-        nu * s.nu_correction,
-        tuple(edge * s.nu_correction for edge in edges),
-        eps=s.eps,
-        relative_eps=0.0,
-        edge_tolerance=s.edge_tolerance,
-        axes=axes,
-    )
-    direction = pattern.apply(psi, schur, mu_hat, axes=axes)
-    w = mu_hat if adam_eps is None else mu_hat / (jnp.sqrt(nu * s.nu_correction) + adam_eps)
+    new = fused.verbs(pattern, grad, mu, nu, offdiag, s, axes=axes)
+    w = new.mu_hat if adam_eps is None else new.mu_hat / (jnp.sqrt(new.nu_hat) + adam_eps)
     own = tuple(range(batch_axes, grad.ndim))
-    squares = (jnp.sum(x * x, axis=own).ravel() for x in (direction, w))
-    return mu, nu, edges, direction, *squares
+    squares = (jnp.sum(x * x, axis=own).ravel() for x in (new.direction, w))
+    return new.mu, new.nu, new.offdiag, new.direction, *squares
 
 
 def arrays(rng, shape, axes, band, scale=1.0):
