@@ -33,6 +33,12 @@ FACTORIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
+def has_kernels(config: Mapping[str, Any]) -> bool:
+    """Whether an optimizer may go through a kernel, which the compiler cannot share out."""
+    parameters = inspect.signature(FACTORIES[config['name']]).parameters
+    return 'impl' in parameters and config.get('impl') != 'xla'
+
+
 def make(
     config: Mapping[str, Any],
     schedule: Callable[..., optax.Schedule],

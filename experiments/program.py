@@ -28,11 +28,29 @@ Step: TypeAlias = Callable[[Any, Any, Any], tuple[Any, Any, dict[str, jax.Array]
 
 
 def make_tx(
-    task: tasks.Task, config: Mapping[str, Any], optimizer_config: Mapping[str, Any]
+    task: tasks.Task,
+    config: Mapping[str, Any],
+    optimizer_config: Mapping[str, Any],
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
-    """The optimizer of a run; floats of its config may be traced."""
+    """The optimizer of a run; floats of its config may be traced.
+
+    In a mesh those that have kernels are told where everything lies.
+    """
     inner = optimizers.make(optimizer_config, task.schedule, task.num_steps, task.layout)
-    return optax.apply_if_finite(inner, config['max_consecutive_errors'])
+    tx = optax.apply_if_finite(inner, config['max_consecutive_errors'])
+    if mesh is None or not optimizers.has_kernels(optimizer_config):
+        return tx
+    return precond_optax.explicit_sharding(tx, _placed(task, mesh))
+
+
+def _placed(task: tasks.Task, mesh: Mesh) -> Any:
+    """The parameters' shapes and where they lie."""
+    params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    places = mesh_lib.shardings(mesh, params, task.logical_axes)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
+    )
 
 
 def initial(task: tasks.Task, tx: optax.GradientTransformation, seed: int) -> Carry:
@@ -43,11 +61,8 @@ def initial(task: tasks.Task, tx: optax.GradientTransformation, seed: int) -> Ca
 
 def shardings(task: tasks.Task, tx: optax.GradientTransformation, mesh: Mesh) -> Carry:
     """Where a run's parameters and state lie in a mesh."""
-    params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
-    places = mesh_lib.shardings(mesh, params, task.logical_axes)
-    like = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
-    )
+    like = _placed(task, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
     whole: Any = mesh_lib.whole(mesh)
     return Carry(places, precond_optax.state_sharding(tx, like), whole)
 
@@ -158,7 +173,8 @@ def single(
     task: tasks.Task, config: Mapping[str, Any], optimizer_config: Mapping[str, Any]
 ) -> Program:
     """One run."""
-    tx, mesh = make_tx(task, config, optimizer_config), mesh_lib.of(config)
+    mesh = mesh_lib.of(config)
+    tx = make_tx(task, config, optimizer_config, mesh)
     places = None if mesh is None else shardings(task, tx, mesh)
     return Program(
         initial=lambda: initial(task, tx, config['seed']),

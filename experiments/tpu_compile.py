@@ -33,7 +33,7 @@ from experiments import report, workdir
 from tests import compiled as reader
 
 BANDS = (0, 1, 4)
-ONE_PASS_BANDS = (0, 1, 2, 4)  # of the fused kernel, on one chip
+ONE_PASS_BANDS = (0, 1, 2, 4)  # of the fused kernel
 _BANDS = flags.DEFINE_multi_integer('band', BANDS, "SONew's bands.", lower_bound=0)
 _RANKS = flags.DEFINE_multi_integer('rank', [], "The shared basis' ranks.", lower_bound=1)
 
@@ -177,9 +177,10 @@ def measure(tx: optax.GradientTransformation, params: Any) -> Facts:
     )
 
 
-def one_pass(band: int) -> optax.GradientTransformation:
-    """SONew through the fused kernel."""
-    return precond_optax.sonew(1e-3, band=band, impl='pallas')
+def one_pass(band: int, params: Any, layout: Any = None) -> optax.GradientTransformation:
+    """SONew through the fused kernel, on each chip's part of the parameters."""
+    tx = precond_optax.sonew(1e-3, band=band, impl='pallas', layout=layout)
+    return precond_optax.explicit_sharding(tx, params)
 
 
 def shared_basis(rank: int, **keywords: Any) -> optax.GradientTransformation:
@@ -233,7 +234,7 @@ def language_model_table(results: dict[str, Facts]) -> str:
     return report.markdown(header, rows)
 
 
-def leaf_table(results: dict[str, dict[str, Facts]], params: Any) -> str:
+def leaf_table(results: dict[str, list[Facts]], params: Any) -> str:
     """What the step of one leaf alone sends, and the leaf's border."""
     rows = [
         [
@@ -243,7 +244,7 @@ def leaf_table(results: dict[str, dict[str, Facts]], params: Any) -> str:
             *(f'{size / 1e3:.1f}' for size in (facts.moved, reader.border(params[name]))),
         ]
         for optimizer, leaves in results.items()
-        for name, facts in leaves.items()
+        for name, facts in zip(KINDS_OF_LEAVES, leaves, strict=True)
     ]
     header = ['optimizer', 'leaf', 'shard', 'collectives, KB', 'border, KB']
     return report.markdown(header, rows)
@@ -265,17 +266,19 @@ def main(argv: list[str]) -> None:
         made = optimizers(_BANDS.value, _RANKS.value)
         on_pod = {name: make(layout=LAYOUT) for name, make in made.items()}
     params = language_model(pod_mesh())
+    one_by_one = [{leaf: params[leaf]} for leaf in KINDS_OF_LEAVES]
     whole = {name: measure(tx, params) for name, tx in on_pod.items()}
     leaves = {
-        name: {leaf: measure(tx, {leaf: params[leaf]}) for leaf in KINDS_OF_LEAVES}
+        name: [measure(tx, leaf) for leaf in one_by_one]
         for name, tx in on_pod.items()
         if name != 'adam'
     }
     single = {name: measure(make(), one_leaf()) for name, make in made.items()}
-    single |= {
-        f'sonew, band {band}, in one pass': measure(one_pass(band), one_leaf())
-        for band in ONE_PASS_BANDS
-    }
+    for band in ONE_PASS_BANDS:
+        name = f'sonew, band {band}, in one pass'
+        whole[name] = measure(one_pass(band, params, LAYOUT), params)
+        leaves[name] = [measure(one_pass(band, leaf, LAYOUT), leaf) for leaf in one_by_one]
+        single[name] = measure(one_pass(band, one_leaf()), one_leaf())
     text = '\n\n'.join(
         [
             f"the language model's {COUNT:,} parameters on 256 v5e chips, for each chip",
@@ -290,7 +293,10 @@ def main(argv: list[str]) -> None:
         'libtpu': importlib.metadata.version('libtpu'),
         'language model': {name: dataclasses.asdict(facts) for name, facts in whole.items()},
         'leaves': {
-            name: {leaf: dataclasses.asdict(facts) for leaf, facts in by_leaf.items()}
+            name: {
+                leaf: dataclasses.asdict(facts)
+                for leaf, facts in zip(KINDS_OF_LEAVES, by_leaf, strict=True)
+            }
             for name, by_leaf in leaves.items()
         },
         'one leaf on one chip': {n: dataclasses.asdict(f) for n, f in single.items()},

@@ -17,6 +17,9 @@ linear ::
 
     count(1) + (length - 1) * (count(d) - count(1)) / (d - 1)
 
+With sonew.py:impl='pallas' its step is the fused kernel; ``auto`` is XLA's, as this is no TPU. The
+bytes of a kernel are counted, its FLOPs are not.
+
 Memory is that of the step as it runs, not unrolled. Branches of a ``cond`` are as the compiler
 counts them, whether they are taken in each step or in few.
 """
@@ -104,7 +107,7 @@ def compile_step(
     if task.stream is None:
         raise ValueError('a train step is compiled for tasks with a stream.')
     segments.check(dataclasses.replace(task, stream=None), mesh, config.get('accumulation', 1))
-    tx = program.make_tx(task, config, optimizer)
+    tx = program.make_tx(task, config, optimizer, mesh)
     places: Any = program.shardings(task, tx, mesh)
     carry = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -120,9 +123,10 @@ def compile_step(
 
 def _counts(compiled: Any) -> dict[str, float]:
     """What is counted once for each loop."""
-    cost = compiled.cost_analysis()
-    counts = collections.Counter({'flops': cost['flops'], 'traffic': cost['bytes accessed']})
-    for kind, size in reader.collectives(compiled.as_text()):
+    cost, text = compiled.cost_analysis(), compiled.as_text()
+    traffic = cost['bytes accessed'] + reader.kernel_traffic(text)
+    counts = collections.Counter({'flops': cost['flops'], 'traffic': traffic})
+    for kind, size in reader.collectives(text):
         counts[kind] += size
     return dict(counts)
 

@@ -163,7 +163,9 @@ class _Loop:
         devices = 1 if places is None else len(places.step.device_set)
         self._telemetry = telemetry.Telemetry(self._task, devices, options, self._runs[0].path)
         if options.measure_optimizer and self._lengths:
-            tx = program_lib.make_tx(self._task, self._config, experiments[0].optimizer_config)
+            mesh = None if places is None else places.step.mesh
+            chosen = experiments[0].optimizer_config
+            tx = program_lib.make_tx(self._task, self._config, chosen, mesh)
             self._telemetry.measure(tx, self._carry)
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from precond_optax.layout import Layout, LeafRule
 from precond_optax.mbag import ScaleByMbagState, mbag, scale_by_mbag
 from precond_optax.plan import LeafPlan, Plan, plan
 from precond_optax.shampoo import ScaleByShampooState, scale_by_shampoo, shampoo
-from precond_optax.sharding import state_sharding
+from precond_optax.sharding import explicit_sharding, state_sharding
 from precond_optax.shared_basis import (
     ScaleBySharedBasisState,
     scale_by_shared_basis,
@@ -32,6 +32,7 @@ __all__ = [
     'ScaleBySoaaState',
     'ScaleBySonewState',
     'block_adam',
+    'explicit_sharding',
     'mbag',
     'plan',
     'scale_by_block_adam',

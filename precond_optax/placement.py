@@ -8,13 +8,14 @@ A tuple names further axes of the parameter after that one. Devices along these,
 hold the same, divide what the array's axis has left, as far as that goes.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 Axes: TypeAlias = tuple[int | tuple[int, ...] | None, ...]
 
@@ -24,6 +25,13 @@ class Follower(NamedTuple):
 
     shape: tuple[int, ...]
     axes: Axes
+
+
+def names_along(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
+    """The names of the mesh's axes that share out each axis of an array."""
+    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
+    names = [tuple(name for name in entry if name is not None) for entry in entries]
+    return names + [()] * (ndim - len(names))
 
 
 def along(sharding: Sharding, ndim: int, follower: Follower) -> Sharding:
@@ -39,7 +47,7 @@ def along(sharding: Sharding, ndim: int, follower: Follower) -> Sharding:
 
     Example:
       >>> import jax
-      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
       >>> mesh = jax.make_mesh((jax.device_count(),), ('x',))
       >>> along(NamedSharding(mesh, P('x')), 2, Follower((4, 16), (None, 0))).spec
       P(None, 'x')
@@ -48,10 +56,7 @@ def along(sharding: Sharding, ndim: int, follower: Follower) -> Sharding:
     """
     if not isinstance(sharding, NamedSharding):
         return sharding
-    mesh = sharding.mesh.shape
-    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
-    names = [tuple(n for n in entry if n is not None) for entry in entries]
-    names += [()] * (ndim - len(names))
+    mesh, names = sharding.mesh.shape, names_along(sharding, ndim)
     belongs = [(axis,) if isinstance(axis, int) else axis or () for axis in follower.axes]
 
     def parts(given: Sequence[str]) -> int:
@@ -78,12 +83,6 @@ def _sharding(leaf: Any) -> Sharding | None:
         sharding = jax.typeof(leaf).sharding
         return sharding if sharding.mesh.explicit_axes else None
     return leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
-
-
-def is_divided(leaf: Any) -> bool:
-    """Whether devices are known to share an array out: in explicit meshes, or outside of jit."""
-    sharding = _sharding(leaf)
-    return isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated
 
 
 def zeros(leaf: Any, shape: Sequence[int], dtype: Any, axes: Axes) -> jax.Array:
@@ -145,6 +144,57 @@ def in_auto_axes(
     sharding = jax.typeof(leaf).sharding
     out = tuple(along(sharding, leaf.ndim, result) for result in results)
     return jax.sharding.auto_axes(fun, axes=explicit, out_sharding=out)(*args)
+
+
+def has_known_parts(leaf: jax.Array) -> bool:
+    """Whether an array's type tells which part of it each device has, or nothing is shared out.
+
+    It does in meshes whose axes are all explicit. Where they are all manual, an array is one
+    device's. Without any mesh in sight, as in a plain jit, it is taken to lie on one device.
+    """
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        sharding = leaf.sharding
+        if len(sharding.device_set) > 1 and not isinstance(sharding, NamedSharding):
+            return False
+    mesh = jax.typeof(leaf).sharding.mesh
+    kinds = set(mesh.axis_types)
+    return mesh.size == 1 or len(kinds - {AxisType.Auto}) == len(kinds) <= 1
+
+
+def on_each_part(
+    fun: Callable[..., Any],
+    leaf: jax.Array,
+    results: Sequence[Follower],
+    *args: tuple[jax.Array, Follower],
+) -> Any:
+    """Calls a function of what one device has, of a leaf that `has_known_parts`.
+
+    Args:
+      fun: of, for each axis of the leaf, the names of the mesh's axes that share it out, and of
+        the device's parts of ``args``; returns a tuple of such parts.
+      leaf: the parameter, or its gradient.
+      results: for each of the function's results, its whole shape and the axes that it follows.
+      *args: its arguments, with the same.
+
+    Returns:
+      The whole results.
+    """
+    sharding = jax.typeof(leaf).sharding
+    if not sharding.mesh.explicit_axes:
+        return fun([()] * leaf.ndim, *(x for x, _ in args))
+
+    def spec(follower: Follower) -> PartitionSpec:
+        there: Any = along(sharding, leaf.ndim, follower)
+        return there.spec
+
+    parts = jax.shard_map(
+        functools.partial(fun, names_along(sharding, leaf.ndim)),
+        mesh=sharding.mesh,
+        in_specs=tuple(spec(follower) for _, follower in args),
+        out_specs=tuple(spec(follower) for follower in results),
+        check_vma=False,  # of a kernel it knows nothing
+    )
+    return parts(*(x for x, _ in args))
 
 
 def like(leaf: Any) -> Follower:

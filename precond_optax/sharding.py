@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from precond_optax import leafwise, placement
 from precond_optax.placement import Axes
@@ -41,7 +41,7 @@ def state_sharding(tx: optax.GradientTransformation, params: optax.Params) -> An
 
     Example:
       >>> import jax, jax.numpy as jnp, precond_optax
-      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
       >>> mesh = jax.make_mesh((jax.device_count(),), ('x',))
       >>> params = jax.device_put({'kernel': jnp.ones((16, 8))}, NamedSharding(mesh, P('x')))
       >>> tx = precond_optax.sonew(1e-3)
@@ -70,6 +70,75 @@ def state_sharding(tx: optax.GradientTransformation, params: optax.Params) -> An
         axes = _said(records, leafwise.path_string(param_path), fields, leaf)
         shardings.append(_follow(leaf.shape, param, axes))
     return jax.tree.unflatten(jax.tree.structure(state), shardings)
+
+
+def explicit_sharding(
+    tx: optax.GradientTransformation, params: optax.Params
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that is told where its arrays lie, in a mesh with Auto axes.
+
+    There a program is traced without knowing what lies where, and the compiler shares it out
+    afterwards; but it cannot share out a Pallas kernel, so `sonew` takes its fused one only where
+    an array's type tells its sharding: on one device, or in Explicit axes. This makes the axes
+    Explicit for the update. Gradients and state are put where `state_sharding` has them, as
+    updates and the new state are.
+
+    Args:
+      tx: a transformation that works in meshes with Explicit axes, as all of this package do.
+      params: the parameters, ``jax.Array`` or ``jax.ShapeDtypeStruct``, with shardings, as for
+        `state_sharding`. On one device, or in a mesh with Explicit axes, ``tx`` is returned.
+
+    Returns:
+      A transformation with the same state. Its update is for the inside of a jit. What it gets
+      beside gradients, state and parameters is the same on all devices.
+
+    Raises:
+      ValueError: as `state_sharding`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, precond_optax
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((jax.device_count(),), ('x',), axis_types=(AxisType.Auto,))
+      >>> params = jax.device_put({'kernel': jnp.ones((16, 8))}, NamedSharding(mesh, P('x')))
+      >>> tx = precond_optax.explicit_sharding(precond_optax.sonew(1e-3), params)
+      >>> shardings = precond_optax.state_sharding(tx, params)
+      >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
+      >>> updates, state = jax.jit(tx.update)(params, state, params)
+      >>> updates['kernel'].sharding.spec
+      P('x', None)
+    """
+    inner = optax.with_extra_args_support(tx)
+    whole = _replicated(params)
+    if not isinstance(whole, NamedSharding) or not _is_auto(whole.mesh):
+        return inner
+    mesh = whole.mesh.abstract_mesh
+
+    def specs(shardings: Any) -> Any:
+        return jax.tree.map(lambda sharding: sharding.spec, shardings)
+
+    own = specs(jax.tree.map(lambda leaf: leaf.sharding, params))
+    held = specs(state_sharding(tx, params))
+
+    def update(
+        updates: Any, state: Any, params: Any | None = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        arrays = {k: v for k, v in extra.items() if not callable(v)}
+        others = {k: v for k, v in extra.items() if callable(v)}
+
+        def run(updates: Any, state: Any, params: Any, arrays: Any) -> tuple[Any, Any]:
+            return inner.update(updates, state, params, **arrays, **others)
+
+        places = (own, held, own if params is not None else None)
+        with jax.sharding.use_abstract_mesh(mesh):
+            everywhere = jax.tree.map(lambda _: PartitionSpec(), arrays)
+            known = jax.sharding.explicit_axes(run, in_sharding=(*places, everywhere))
+            return known(updates, state, params, jax.tree.map(jnp.asarray, arrays))
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _is_auto(mesh: Any) -> bool:
+    return all(kind == AxisType.Auto for kind in mesh.axis_types)
 
 
 def _said(records: list[leafwise.Record], path: str, fields: list[str], leaf: Any) -> Axes | None:

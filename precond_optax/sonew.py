@@ -50,9 +50,14 @@ def _widest_band(band: int, layout: layout_lib.Layout) -> int:
 
 
 def _takes_kernel(impl: str) -> bool:
-    """Whether leaves may go through the fused kernel, which XLA cannot divide among devices."""
-    alone = jax.default_backend() == 'tpu' and jax.device_count() == 1
-    return impl == 'pallas' or (impl == 'auto' and alone)
+    """Whether leaves may go through the fused kernel."""
+    return impl == 'pallas' or (impl == 'auto' and jax.default_backend() == 'tpu')
+
+
+def _is_placed(impl: str, leaf: jax.Array) -> bool:
+    """Whether a leaf may go through the kernel where it lies: XLA cannot share out a kernel."""
+    unknown = jax.typeof(leaf).sharding.mesh.empty and jax.device_count() > 1
+    return placement.has_known_parts(leaf) and (impl == 'pallas' or not unknown)
 
 
 def _padded(arrays: Sequence[Any], count: int) -> tuple[Any, ...]:
@@ -147,37 +152,33 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         mu_correction, nu_correction = 1 / (1 - b1**state.count), 1 / (1 - b2**state.count)
         return fused.Scalars(b1, b2, mu_correction, nu_correction, eps, tolerance(facts))
 
-    def cut_of(facts: LeafLayout) -> fused.Cut | None:
-        """How the kernel cuts a leaf, if it takes it."""
+    def fits_kernel(facts: LeafLayout) -> bool:
+        """Whether a leaf goes through the kernel."""
         dtypes = {jnp.dtype(d) for d in (facts.dtype, mu_dtype, stats_dtype) if d is not None}
         plain = dtypes == {jnp.dtype('float32')} and checks.is_static_zero(relative_eps)
         if diagnostics or not plain or not facts.precondition or not _takes_kernel(impl):
-            return None
+            return False
         axes = facts.chain_axes(facts.order or order)
-        return fused.cut(facts.shape, facts.batch_axes, axes, band_of(facts))
+        return fused.cut(facts.shape, facts.batch_axes, axes, band_of(facts)) is not None
 
     def in_one_pass(
-        cut: fused.Cut, grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
+        grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
     ) -> tuple[jax.Array, leafwise.Fields]:
         held, scalars = state.offdiag[: band_of(facts)], scalars_of(state, facts)
-        step = functools.partial(
-            fused.step,
+        leaf = fused.Static(
             _KERNELS.get(len(held), banded),
-            cut,
-            adam_eps=grafting.ADAM_EPS if graft == 'adam' else None,
-        )
-        anywhere = functools.partial(
-            jax.lax.platform_dependent, tpu=step, default=functools.partial(step, interpret=True)
+            facts.batch_axes,
+            tuple(facts.chain_axes(facts.order or order)),
+            grafting.ADAM_EPS if graft == 'adam' else None,
         )
         # One after the other under vmap, which would put a batch axis to the scalars.
-        mu, nu, offdiag, direction, *squares = jax.custom_batching.sequential_vmap(anywhere)(
+        run = jax.custom_batching.sequential_vmap(functools.partial(fused.one_pass, leaf))
+        mu, nu, offdiag, direction, squares = run(
             grad, state.mu, state.nu, held, jax.tree.map(jnp.asarray, scalars)
         )
         if graft is not None:
-            sizes = [
-                jnp.sqrt(x).reshape(*facts.shape[: facts.batch_axes], *(1 for _ in facts.axes))
-                for x in squares
-            ]
+            # Of u and of w, for each chain.
+            sizes = [jnp.expand_dims(jnp.sqrt(squares[..., i]), facts.axes) for i in range(2)]
             if graft not in ('adam', 'momentum'):
                 sizes[1] = grafting.norm(state.graft, facts.axes)
             direction = grafting.resize(direction, *sizes)
@@ -186,9 +187,8 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     def update_leaf(
         grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
     ) -> tuple[jax.Array, leafwise.Fields]:
-        cut = cut_of(facts)
-        if cut is not None and not placement.is_divided(grad):
-            return in_one_pass(cut, grad, state, facts)
+        if fits_kernel(facts) and _is_placed(impl, grad):
+            return in_one_pass(grad, state, facts)
         axes, bands = facts.chain_axes(facts.order or order), band_of(facts)
         scalars = scalars_of(state, facts)
         if not facts.precondition:
@@ -221,7 +221,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         bands = band_of(facts)
         pattern = _PATTERNS.get(bands, f'{bands} bands')
         chains = math.prod(facts.shape[: facts.batch_axes])
-        how = '' if cut_of(facts) is None else ', in one pass'
+        how = ', in one pass' if fits_kernel(facts) else ''
         return f'{pattern}, {chains} x {facts.size}, order {facts.order or order}{how}'
 
     return leafwise.leafwise(
@@ -318,10 +318,11 @@ def sonew(
       diagnostics: whether the state's ``dropped_edges`` counts, leaf by leaf, the edges that the
         last step dropped. Costs nothing when off.
       impl: 'pallas': leaves that can go through a kernel do, in one pass over memory; 'xla': none
-        does; 'auto': the first on a single TPU. The kernel takes up to eight bands, order 'F' in
-        leaves of two or three axes that fill a TPU's tiles, float32 throughout, and neither
-        ``relative_eps`` nor ``diagnostics``; what it does not take, and whatever is sharded by the
-        compiler, is XLA's. The results are the same to rounding. Other backends interpret it.
+        does; 'auto': the first on TPUs. The kernel takes up to eight bands, order 'F' in leaves of
+        two or three axes that fill a TPU's tiles, float32 throughout, and neither ``relative_eps``
+        nor ``diagnostics``; what it does not take is XLA's. So is what the compiler shares out: on
+        several devices the kernel runs where the mesh's axes are Explicit, or after
+        `explicit_sharding`. The results are the same to rounding. Other backends interpret it.
       weight_decay: decoupled, as in ``optax.adamw``, >= 0.
       mask: which leaves decay, as in ``optax.adamw``.
 

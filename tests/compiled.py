@@ -19,6 +19,7 @@ KINDS = (
 _COLLECTIVE = re.compile(
     rf'= (\(.*?\)|\S+) ({"|".join(KINDS)})(-start|-done)?\((?:.*?channel_id=(\d+))?'
 )
+_COMPUTATION = re.compile(r'(?:ENTRY )?(%[\w.-]+) \(')
 _RESULT = re.compile(r'(%[\w.-]+) = (\(.*?\)|\S+) [\w-]+\(')
 _KERNEL = re.compile(
     r'(%[\w.-]+) = [^\n]*? custom-call\(([^)]*)\), custom_call_target="tpu_custom_call"'
@@ -31,8 +32,9 @@ def collectives(text: str, *, padded: bool = False) -> list[tuple[str, int]]:
 
     The bytes are those of the result on one device. An asynchronous pair counts once, by its
     ``-done``: the result of a ``-start`` holds the operands as well. So does one that the TPU
-    compiler spreads over several fusions, each of which repeats it with the same channel. A
-    collective in the body of a loop counts once, however often it runs.
+    compiler spreads over several fusions, each of which repeats it with the same channel (outside
+    of fusions the collectives of a manual region all have one channel). A collective in the body
+    of a loop counts once, however often it runs.
 
     Args:
       text: of ``Compiled.as_text()``.
@@ -45,16 +47,21 @@ def collectives(text: str, *, padded: bool = False) -> list[tuple[str, int]]:
       >>> line = '%x = f32[128,1]{1,0:T(8,128)} collective-permute(%y), channel_id=1'
       >>> collectives(line), collectives(line, padded=True)
       ([('collective-permute', 512)], [('collective-permute', 65536)])
-      >>> collectives(line + '\\n' + line)
-      [('collective-permute', 512)]
+      >>> len(collectives('\\n'.join(['%fused_computation.1 (x: f32[1])', line] * 2)))
+      1
+      >>> len(collectives('\\n'.join(['%main.1 (x: f32[1])', line] * 2)))
+      2
     """
-    found, seen = [], set()
-    for result, kind, part, channel in _COLLECTIVE.findall(text):
-        size = sum(_bytes(padded, *array) for array in _ARRAY.findall(result))
-        # The size as well: the compiler now and then gives a channel to two of one kind.
-        if part != '-start' and (kind, channel, size) not in seen:
-            found.append((kind, size))
-            if channel:
+    found, seen, in_fusion = [], set(), False
+    for line in text.splitlines():
+        if computation := _COMPUTATION.match(line):
+            in_fusion = 'fus' in computation[1]
+        for result, kind, part, channel in _COLLECTIVE.findall(line):
+            size = sum(_bytes(padded, *array) for array in _ARRAY.findall(result))
+            # The size as well: the compiler now and then gives a channel to two of one kind.
+            again = in_fusion and channel and (kind, channel, size) in seen
+            if part != '-start' and not again:
+                found.append((kind, size))
                 seen.add((kind, channel, size))
     return found
 

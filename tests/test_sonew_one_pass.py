@@ -1,5 +1,8 @@
 """SONew with `impl='pallas'`, interpreted: as XLA's, for the leaves that the kernel takes."""
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import precond_optax
 from precond_optax import LeafRule
 from precond_optax.kernels import fused
+from tests.compiled import border, collectives
 
 SHAPES = {'kernel': (64, 130), 'layers': (2, 40, 128), 'heads': (24, 8, 128), 'bias': (7,)}
 LAYOUT = {'layers': LeafRule(batch_axes=1)}
@@ -95,13 +99,10 @@ def test_auto_is_xla_here():
     assert not taken(precond_optax.sonew(0.1))
 
 
-def test_auto_is_the_kernel_on_a_single_tpu(monkeypatch):
+def test_auto_is_the_kernel_on_tpus(monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
-    monkeypatch.setattr(jax, 'device_count', lambda: 1)
     assert taken(sonew('auto')) == {'kernel', 'layers', 'heads'}
     assert not taken(sonew('xla'))
-    monkeypatch.setattr(jax, 'device_count', lambda: 4)
-    assert not taken(sonew('auto'))
 
 
 def test_several_in_one_program(rng):
@@ -121,19 +122,138 @@ def test_several_in_one_program(rng):
     assert_same(got, expected)
 
 
-def test_a_mesh_s_leaves_are_xlas(rng):
-    """Where the mesh says that a leaf is shared out; XLA could not share out a kernel."""
-    mesh = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Explicit,))
-    tx = precond_optax.sonew(0.1, eps=1e-2, impl='pallas')
-    grad = gradients(rng)['kernel']
+# Shape, batch axes, how it is shared out by a mesh (4, 2), bands, whether parts fill a tile.
+PARTS = [
+    ((64, 512), 0, P('x', 'y'), 1, True),
+    ((64, 512), 0, P('y', 'x'), 4, True),
+    ((64, 512), 0, P(('x', 'y')), 1, True),
+    ((64, 1024), 0, P(None, ('y', 'x')), 2, True),
+    ((64, 512), 0, P(None, ('y', 'x')), 2, False),
+    ((64, 512), 0, P('x'), 0, True),
+    ((4, 64, 256), 1, P('y', 'x'), 1, True),
+    ((64, 8, 128), 0, P(None, ('x', 'y')), 2, True),  # one head for each
+    ((64, 16, 128), 0, P('x', 'y'), 1, True),
+    ((32, 256), 0, P(('x', 'y')), 1, False),  # four rows for each
+    ((64, 256), 0, P(None, 'x'), 4, False),
+    ((64, 512), 0, P(), 1, True),
+]
+
+
+def in_a_mesh(kind, spec, tx, grads):
+    """Some steps of a leaf, and what the compiled one moves between devices."""
+    mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(kind,) * 2)
+    grads = jax.device_put(grads, NamedSharding(mesh, spec))
+    tx = precond_optax.explicit_sharding(tx, grads[0])
+    with jax.set_mesh(mesh) if kind == AxisType.Explicit else contextlib.nullcontext():
+        state = jax.jit(tx.init, out_shardings=precond_optax.state_sharding(tx, grads[0]))(
+            grads[0]
+        )
+        step = jax.jit(tx.update).lower(grads[0], state).compile()
+        for grad in grads:
+            updates, state = step(grad, state)
+    return updates, state, collectives(step.as_text()), border(grads[0])
+
+
+@pytest.mark.parametrize('kind', [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize(('shape', 'batch_axes', 'spec', 'band', 'fills'), PARTS)
+def test_each_device_steps_its_part(kind, shape, batch_axes, spec, band, fills, rng):
+    """In explicit axes by themselves, in others by `explicit_sharding`."""
+    layout = {'': LeafRule(batch_axes=batch_axes)}
+    ours, theirs = (sonew(impl, band=band, layout=layout, eps=0.1) for impl in ('pallas', 'xla'))
+    grads = [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2)]
+    state = theirs.init(grads[0])
+    for grad in grads:
+        expected, state = theirs.update(grad, state)
+    updates, held, found, edge = in_a_mesh(kind, spec, ours, grads)
+    assert_same(jax.device_get((updates, held)), (expected, state))
+    assert {kind for kind, _ in found} <= {'collective-permute', 'all-reduce'}
+    permutes = [size for kind, size in found if kind == 'collective-permute']
+    assert sum(size for kind, size in found if kind == 'all-reduce') <= 8 * 4
+    if fills:
+        # Of all arrays at once, each way along each axis that is shared out, as deep as the band.
+        assert len(permutes) <= 4 * bool(band)
+        assert sum(permutes) <= (3 + band) * band * edge
+    else:
+        assert sum(permutes) <= (2 + band) * band * edge
+
+
+def test_the_parts_are_as_said():
+    """Of those that fill a tile and those that do not."""
+    for shape, batch_axes, spec, band, fills in PARTS:
+        sizes = {'x': 4, 'y': 2}
+        names = [n if isinstance(n, tuple) else (n,) for n in (*spec, *[None] * len(shape))]
+        part = [
+            size // int(np.prod([sizes.get(name, 1) for name in own]))
+            for size, own in zip(shape, names, strict=False)
+        ]
+        axes = tuple(range(batch_axes, len(shape)))
+        assert (fused.cut(part, batch_axes, axes, band) is not None) == fills
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """How many leaves went through the kernel."""
+    calls, real = [], fused.one_pass
+    monkeypatch.setattr(fused, 'one_pass', lambda *args: calls.append(args) or real(*args))
+    return calls
+
+
+def test_what_the_compiler_shares_out_is_xlas(rng, kernels):
+    """An Auto mesh's leaf, of which a trace knows no place, inside jit and outside of it."""
+    tx, grad = sonew('pallas', eps=0.1), gradients(rng)['kernel']
     whole, _ = tx.update(grad, tx.init(grad))
-    with jax.set_mesh(mesh):
-        given = jax.device_put(grad, NamedSharding(mesh, P('x', None)))
-        text = jax.jit(tx.update).lower(given, tx.init(given)).as_text()
-        got, _ = jax.jit(tx.update)(given, tx.init(given))
-    assert 'all_gather' not in text
-    assert got.sharding.spec == P('x', None)
-    assert_same(jax.device_get(got), whole)
+    assert len(kernels) == 1
+    mesh = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Auto,))
+    given = jax.device_put(grad, NamedSharding(mesh, P('x')))
+    for update in (jax.jit(tx.update), tx.update):
+        got, _ = update(given, tx.init(given))
+        assert_same(jax.device_get(got), whole)
+    assert len(kernels) == 1
+
+
+def test_in_a_manual_region_a_leaf_is_the_device_s(rng, kernels):
+    """Manual along the data axis alone a leaf is whole, and goes through the kernel."""
+    tx, grad = sonew('pallas', eps=0.1), gradients(rng)['kernel']
+    whole, _ = tx.update(grad, tx.init(grad))
+    mesh = jax.make_mesh((8,), ('data',), (AxisType.Auto,))
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=P('data'), out_specs=P(), check_vma=False
+    )
+    def step(grads):
+        mean = jax.lax.pmean(grads[0], 'data')
+        return tx.update(mean, tx.init(mean))[0]
+
+    # The same for all but two, which cancel.
+    grads = jnp.stack([grad] * 8) + jnp.zeros((8, 1, 1)).at[:2, 0, 0].set(jnp.array([1.0, -1.0]))
+    assert_same(jax.jit(step)(grads), whole)
+    assert len(kernels) == 2
+
+
+def test_partly_manual_is_xlas(rng, kernels):
+    tx, grad = sonew('pallas', eps=0.1), gradients(rng)['kernel']
+    whole, _ = tx.update(grad, tx.init(grad))
+    mesh = jax.make_mesh((4, 2), ('data', 'x'), axis_types=(AxisType.Auto,) * 2)
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, axis_names={'data'}, in_specs=P(), out_specs=P(), check_vma=False
+    )
+    def step(grad):
+        return tx.update(grad, tx.init(grad))[0]
+
+    assert_same(jax.jit(step)(jax.device_put(grad, NamedSharding(mesh, P('x')))), whole)
+    assert len(kernels) == 1
+
+
+def test_where_nothing_is_known_auto_is_xla(rng, monkeypatch, kernels):
+    """Several devices and no mesh in sight: the compiler may yet share a leaf out."""
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+    tx, grad = sonew('auto', eps=0.1), gradients(rng)['kernel']
+    tx.update(grad, tx.init(grad))
+    assert not kernels
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    tx.update(grad, tx.init(grad))
+    assert len(kernels) == 1
 
 
 def test_wrong_impl():

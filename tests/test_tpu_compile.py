@@ -8,7 +8,7 @@ import pytest
 
 import precond_optax
 from experiments import tpu_compile
-from tests.compiled import border, collectives
+from tests.compiled import border, collectives, kernel_traffic
 
 pytestmark = pytest.mark.tpu_compile
 
@@ -52,6 +52,35 @@ def test_of_each_leaf_only_borders_move(params, name, band):
     """One by one: in the sum of all leaves a small leaf that moves would not be seen."""
     leaf = {name: params[name]}
     check_collectives(tpu_compile.measure(make(band), leaf), leaf, band)
+
+
+@pytest.mark.parametrize('topology', ['v5e:16x16', 'v6e:16x16'])
+@pytest.mark.parametrize(
+    ('name', 'band'),
+    [
+        ('layers/mlp/gate', 1),
+        ('layers/mlp/gate', 4),
+        ('layers/mlp/down', 1),
+        ('layers/attention/query', 1),
+    ],
+)
+def test_one_pass_on_each_chip_s_part(topology, name, band):
+    """As many rows as the band is wide are sent each way, of all arrays at once."""
+    pytest.importorskip('libtpu')
+    params = tpu_compile.language_model(tpu_compile.pod_mesh(topology))
+    leaf = {name: params[name]}
+    tx = tpu_compile.one_pass(band, leaf, tpu_compile.LAYOUT)
+    text = tpu_compile.compile_step(tx, leaf).as_text()
+    facts = tpu_compile.measure(tx, leaf)
+    print(tpu_compile.language_model_table({f'{topology}, {name}, band {band}, one pass': facts}))
+    # A part reads g m d e and writes m d e u, and a few rows.
+    share = leaf[name].size // 256
+    assert 1 <= kernel_traffic(text) / (2 * 4 * (3 + band) * share) <= 1.25
+    permutes = [size for kind, size in facts.collectives if kind == 'collective-permute']
+    assert len(permutes) == 4
+    assert sum(permutes) <= (3 + band) * band * border(leaf[name])
+    assert {kind for kind, _ in facts.collectives} == {'collective-permute', 'all-reduce'}
+    assert facts.temporary <= 4.5 * share
 
 
 def check_collectives(facts, params, band):

@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from precond_optax import placement
@@ -35,7 +36,24 @@ class Tile(NamedTuple):
     roll: Callable[[jax.Array, int], jax.Array]
 
 
-ChainAxes: TypeAlias = Sequence[int] | Tile
+class Shards(NamedTuple):
+    """In place of ``axes``, where an array is one device's part: in a manual region of a mesh.
+
+    Attributes:
+      axes: the chain's, fastest first.
+      names: for each of the array's axes, those of the mesh that share it out.
+    """
+
+    axes: tuple[int, ...]
+    names: tuple[tuple[str, ...], ...]
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The axes of the mesh that cut chains."""
+        return tuple(name for axis in self.axes for name in self.names[axis])
+
+
+ChainAxes: TypeAlias = Sequence[int] | Tile | Shards
 
 
 def _neighbour(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
@@ -58,10 +76,53 @@ def _neighbour(x: jax.Array, axes: Sequence[int], step: int) -> jax.Array:
     return jnp.where(border, _neighbour(rolled, slower, step), rolled)
 
 
+def beyond(edge: jax.Array, shards: Shards, step: int) -> jax.Array:
+    """The rows that follow on a device's part of an array (``step`` 1), or precede it (-1).
+
+    They are sent by the device that has them: once around the ring of devices along the fastest
+    axis, and from its end on to the next row along the slower axes.
+
+    Args:
+      edge: of each device's part, the first rows along the fastest axis (``step`` 1), or the last.
+      shards: how the array is shared out.
+      step: 1 or -1.
+
+    Returns:
+      Rows like ``edge``; zero past the chain's ends.
+    """
+    fastest, *slower = shards.axes
+    further = _neighbour_of_shards(edge, shards._replace(axes=tuple(slower)), step)
+    names = shards.names[fastest]
+    if not names:
+        return further
+    ordered = tuple(n for n in jax.sharding.get_abstract_mesh().axis_names if n in names)
+    # `ppermute` numbers the devices in the mesh's order, whatever order the names have.
+    numbers = np.arange(lax.axis_size(names)).reshape([lax.axis_size(name) for name in ordered])
+    ring = np.transpose(numbers, [ordered.index(name) for name in names]).ravel()
+    at_end = lax.axis_index(names) == (0 if step == 1 else len(ring) - 1)
+    pairs = list(zip(ring.tolist(), np.roll(ring, step).tolist(), strict=True))
+    return lax.ppermute(jnp.where(at_end, further, edge), ordered, pairs)
+
+
+def _neighbour_of_shards(x: jax.Array, shards: Shards, step: int) -> jax.Array:
+    """`_neighbour` of one device's part."""
+    if not shards.cuts:
+        return _neighbour(x, shards.axes, step)
+    fastest, size = shards.axes[0], x.shape[shards.axes[0]]
+    end, begin = (0, 1) if step == 1 else (size - 1, 0)
+    further = beyond(lax.slice_in_dim(x, end, end + 1, axis=fastest), shards, step)
+    if size == 1:
+        return further
+    own = lax.slice_in_dim(x, begin, begin + size - 1, axis=fastest)
+    return jnp.concatenate([own, further][::step], fastest)
+
+
 def _neighbour_anywhere(x: jax.Array, axes: ChainAxes, step: int) -> jax.Array:
     """The same where the mesh has explicit axes, along which rolls and masks have no rule."""
     if isinstance(axes, Tile):
         return axes.roll(x, -step)
+    if isinstance(axes, Shards):
+        return _neighbour_of_shards(x, axes, step)
     one = placement.in_auto_axes(lambda x: (_neighbour(x, axes, step),), x, [placement.like(x)], x)
     return one[0]
 

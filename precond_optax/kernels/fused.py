@@ -9,6 +9,9 @@ the state in place: 32 bytes for each float32 parameter where the pattern is tri
 Rows are along the chain's fastest axis, the first of a leaf, batch axes aside. The rows at the
 tiles' borders are neighbours along a chain, of tiles, too. They are cut out before the kernel
 runs, as it overwrites what it has read.
+
+XLA cannot share out a kernel. Where the mesh tells which part of a leaf each device has,
+`one_pass` runs it on that part, with the rows beyond from the devices that have them.
 """
 
 import functools
@@ -19,7 +22,9 @@ from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from precond_optax import placement
 from precond_optax.checks import Scalar
 from precond_optax.kernels import chain
 
@@ -48,7 +53,8 @@ class Cut(NamedTuple):
       batch: separate chains.
       rows: along the chain's fastest axis.
       rest: the sizes of the other axes.
-      slower: these axes in the chain's order, from 0.
+      tiled: likewise, as the kernel sees them: without a first one of size 1.
+      slower: the other axes in the chain's order, from 0.
       tile: rows of a tile.
       halo: rows before and after it: a band of b looks b rows back and b ahead.
       arrays: read of each tile, and written: g m d e, and m d e u.
@@ -57,6 +63,7 @@ class Cut(NamedTuple):
     batch: int
     rows: int
     rest: tuple[int, ...]
+    tiled: tuple[int, ...]
     slower: tuple[int, ...]
     tile: int
     halo: int
@@ -80,27 +87,28 @@ def cut(shape: Sequence[int], batch_axes: int, axes: Sequence[int], band: int) -
 
     Example:
       >>> cut((4096, 512), 0, axes=(0, 1), band=1)
-      Cut(batch=1, rows=4096, rest=(512,), slower=(0,), tile=512, halo=8, arrays=4)
+      Cut(batch=1, rows=4096, rest=(512,), tiled=(512,), slower=(0,), tile=512, halo=8, arrays=4)
       >>> cut((4096, 512), 0, axes=(1, 0), band=1)  # along the last axis first
     """
     own = tuple(shape[batch_axes:])
     if band > MAX_BAND or len(own) not in (2, 3) or axes[0] != batch_axes or 0 in shape:
         return None
     rows, *rest = own
-    flat = len(rest) == 1  # then rows are a tile's second axis
+    tiled = rest[-1:] if rest[0] == 1 else rest  # one device may have one head
+    flat = len(tiled) == 1  # then rows are a tile's second axis
     if rest[-1] < LANES or not (flat or rest[0] % SUBLANES == 0):
         return None
     # Single rows cut out of many tiles take XLA more than two do.
     unit, halo = (SUBLANES, SUBLANES) if flat else (1, max(2, band))
     # The more arrays there are, the less room has each.
-    most = _TILE_BYTES * 4 // (3 + max(1, band)) // (4 * LANES * SUBLANES ** (len(rest) - 1))
+    most = _TILE_BYTES * 4 // (3 + max(1, band)) // (4 * LANES * SUBLANES ** (len(tiled) - 1))
     sizes = (rows, *range(most // unit * unit, SUBLANES - 1, -unit))
     tile = next((size for size in sizes if halo <= size <= most and rows % size == 0), None)
     if tile is None:
         return None
     slower = tuple(axis - batch_axes - 1 for axis in axes[1:])
     batch = math.prod(shape[:batch_axes])
-    return Cut(batch, rows, tuple(rest), slower, tile, halo, 3 + band)
+    return Cut(batch, rows, tuple(rest), tuple(tiled), slower, tile, halo, 3 + band)
 
 
 class Stepped(NamedTuple):
@@ -113,6 +121,10 @@ class Stepped(NamedTuple):
     direction: jax.Array
     mu_hat: jax.Array
     nu_hat: jax.Array
+
+    def adam(self, eps: float | None) -> jax.Array:
+        """Adam's direction with this epsilon, or the bias-corrected mean if it is None."""
+        return self.mu_hat if eps is None else self.mu_hat / (jnp.sqrt(self.nu_hat) + eps)
 
 
 def verbs(
@@ -168,8 +180,9 @@ def step(
     scalars: Scalars,
     *,
     adam_eps: float | None,
+    names: Sequence[tuple[str, ...]] = (),
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array, jax.Array]:
     """The verbs of a pattern, and the squares of what is grafted.
 
     Args:
@@ -181,11 +194,14 @@ def step(
       offdiag: e, one array for each off-diagonal.
       scalars: decays, corrections, damping.
       adam_eps: w is Adam's direction with this epsilon; None: the bias-corrected m.
+      names: in a manual region, the axes of the mesh that share out the rows, and each axis of
+        the rest.
       interpret: True: JAX runs the kernel step by step, on any backend; also ``pallas_call``'s
         ``InterpretParams``, with a TPU's memory.
 
     Returns:
-      The new m, d and e, the direction u, and the sums of the squares of u and of w, (batch,).
+      The new m, d and e, the direction u, and the sums of the squares of u and of w over each
+      chain, (batch, 2).
     """
     # Here, because it is a large part of the package's own import, and few need it.
     from jax.experimental import pallas as pl
@@ -193,9 +209,13 @@ def step(
 
     arrays = [x.reshape(leaf.batch, leaf.rows, *leaf.rest) for x in (grad, mu, nu, *offdiag)]
     tiles, count = leaf.rows // leaf.tile, len(arrays)
-    borders = [border for x in arrays for border in _borders(x, leaf)] if offdiag else []
-    block = (*(SUBLANES for _ in leaf.rest[1:]), LANES)
-    grid = (leaf.batch, tiles, *(pl.cdiv(n, k) for n, k in zip(leaf.rest, block, strict=True)))
+    borders = _borders(arrays, leaf, names) if offdiag else []
+    if leaf.tiled != leaf.rest:
+        ahead = arrays[0].ndim - len(leaf.rest)
+        arrays = [x.reshape(*x.shape[:ahead], *leaf.tiled) for x in arrays]
+        borders = [x.reshape(*x.shape[: x.ndim - len(leaf.rest)], *leaf.tiled) for x in borders]
+    block = (*(SUBLANES for _ in leaf.tiled[1:]), LANES)
+    grid = (leaf.batch, tiles, *(pl.cdiv(n, k) for n, k in zip(leaf.tiled, block, strict=True)))
     own = pl.BlockSpec((1, leaf.tile, *block), lambda b, i, *j: (b, i, *j))
 
     def beside(step: int) -> pl.BlockSpec:
@@ -207,7 +227,7 @@ def step(
 
     wrapped = pl.BlockSpec((1, leaf.halo, *block), lambda b, i, *j: (b, 0, *j))
     like = jax.ShapeDtypeStruct(arrays[0].shape, grad.dtype)
-    squares = jax.ShapeDtypeStruct((leaf.batch, tiles, 2, *leaf.rest), grad.dtype)
+    squares = jax.ShapeDtypeStruct((leaf.batch, tiles, 2, *leaf.tiled), grad.dtype)
     *new, direction, parts = pl.pallas_call(
         functools.partial(_kernel, pattern, leaf, adam_eps),
         grid=grid,
@@ -226,20 +246,121 @@ def step(
         compiler_params=pltpu.CompilerParams(dimension_semantics=[PARALLEL] * len(grid)),
     )(jnp.stack([jnp.asarray(x, grad.dtype) for x in scalars]), *arrays, *borders)
     new_mu, new_nu, *edges, direction = (x.reshape(grad.shape) for x in (*new, direction))
-    of_u, of_w = jnp.moveaxis(jnp.sum(parts, axis=(1, *range(3, parts.ndim))), 1, 0)
-    return new_mu, new_nu, tuple(edges), direction, of_u, of_w
+    sums = jnp.sum(parts, axis=(1, *range(3, parts.ndim)))
+    return new_mu, new_nu, tuple(edges), direction, sums
 
 
-def _borders(x: jax.Array, leaf: Cut) -> tuple[jax.Array, ...]:
-    """Each tile's last and first rows, (batch, tiles, halo, rest...), and what is at the ends.
+def _borders(
+    arrays: Sequence[jax.Array], leaf: Cut, names: Sequence[tuple[str, ...]]
+) -> list[jax.Array]:
+    """Of each array, one after another, its tiles' borders and what is at the ends.
 
-    Before the first tile stand the last one's last rows in the column before, and so after the
-    last tile: (batch, halo, rest...), twice.
+    That is each tile's last and first rows, (batch, tiles, halo, rest...), twice; and what stands
+    before the first tile, the last one's last rows in the column before, and so after the last
+    tile: (batch, halo, rest...), twice. Other devices may have these: as many as the band is wide
+    are sent, of all arrays at once.
     """
-    tiles = x.reshape(leaf.batch, -1, leaf.tile, *leaf.rest)
-    last, first = tiles[:, :, leaf.tile - leaf.halo :], tiles[:, :, : leaf.halo]
-    axes = tuple(axis + 2 for axis in leaf.slower)
-    return last, first, chain.predecessor(last[:, -1], axes), chain.successor(first[:, 0], axes)
+    band, spare = leaf.arrays - 3, leaf.halo - (leaf.arrays - 3)
+    axes = (2, *(axis + 3 for axis in leaf.slower))
+    shards = chain.Shards(axes, ((), (), *(names or [()] * (1 + len(leaf.rest)))))
+    before = chain.beyond(jnp.stack([x[:, leaf.rows - band :] for x in arrays]), shards, -1)
+    after = chain.beyond(jnp.stack([x[:, :band] for x in arrays]), shards, 1)
+
+    def whole(x: jax.Array, ahead: int) -> jax.Array:
+        """With rows that no one looks at, for whole tiles of a TPU."""
+        return jnp.pad(x, [(0, 0), (ahead, spare - ahead), *[(0, 0)] * len(leaf.rest)])
+
+    borders = []
+    for i, x in enumerate(arrays):
+        ends = whole(before[i], spare), whole(after[i], 0)
+        if leaf.tile == leaf.rows:  # a single tile has no others beside it
+            inner = (ends[0][:, None], ends[1][:, None])
+        else:
+            tiles = x.reshape(leaf.batch, -1, leaf.tile, *leaf.rest)
+            inner = tiles[:, :, leaf.tile - leaf.halo :], tiles[:, :, : leaf.halo]
+        borders += [*inner, *ends]
+    return borders
+
+
+class Static(NamedTuple):
+    """What `one_pass` knows of a leaf beside its arrays.
+
+    Attributes:
+      pattern: the module of its verbs.
+      batch_axes: how many of its axes, from the first, stack separate chains.
+      axes: the chain's, fastest first, of all of the leaf's.
+      adam_eps: as in `step`.
+    """
+
+    pattern: ModuleType
+    batch_axes: int
+    axes: tuple[int, ...]
+    adam_eps: float | None
+
+
+def _on_a_device(
+    leaf: Static, names: Sequence[tuple[str, ...]], *args: jax.Array
+) -> tuple[jax.Array, ...]:
+    """A device's part of a step: ``names`` are the axes of the mesh that share out each axis."""
+    *arrays, scalars = args
+    grad, mu, nu, *offdiag = arrays
+    held, batch = tuple(offdiag), grad.shape[: leaf.batch_axes]
+    s = Scalars(*(scalars[i] for i in range(len(Scalars._fields))))
+    shards = chain.Shards(leaf.axes, tuple(names))
+    part = cut(grad.shape, leaf.batch_axes, leaf.axes, len(held))
+    if part is None:
+        new = verbs(leaf.pattern, grad, mu, nu, held, s, axes=shards)
+        both = jnp.stack([new.direction, new.adam(leaf.adam_eps)], leaf.batch_axes)
+        squares = jnp.sum(both * both, axis=tuple(range(leaf.batch_axes + 1, both.ndim)))
+        mu, nu, held, direction = new.mu, new.nu, new.offdiag, new.direction
+    else:
+        own_names = shards.names[leaf.batch_axes :]
+        run = functools.partial(step, leaf.pattern, part, adam_eps=leaf.adam_eps, names=own_names)
+        mu, nu, held, direction, squares = lax.platform_dependent(
+            *(grad, mu, nu, held, s),
+            tpu=run,
+            default=functools.partial(run, interpret=True),
+        )
+    squares = squares.reshape(*batch, 2)
+    if shards.cuts:
+        squares = lax.psum(squares, shards.cuts)
+    return mu, nu, *held, direction, squares
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def one_pass(
+    leaf: Static,
+    grad: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    offdiag: tuple[jax.Array, ...],
+    scalars: Scalars,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array, jax.Array]:
+    """A step of a leaf, of which `placement.has_known_parts`.
+
+    Args:
+      leaf: its static facts.
+      grad: g, float32, of a shape that `cut` takes.
+      mu: m, likewise.
+      nu: d.
+      offdiag: e, one array for each off-diagonal.
+      scalars: decays, corrections, damping.
+
+    Returns:
+      The new m, d and e, the direction u, and the sums of the squares of u and of w over each
+      chain, (batch axes..., 2).
+    """
+    stacked = jnp.stack([jnp.asarray(x, grad.dtype) for x in scalars])
+    arrays, ahead = [grad, mu, nu, *offdiag], leaf.batch_axes
+    squares = placement.Follower((*grad.shape[:ahead], 2), (*range(ahead), None))
+    mu, nu, *held, direction, sums = placement.on_each_part(
+        functools.partial(_on_a_device, leaf),
+        grad,
+        [*[placement.like(grad)] * len(arrays), squares],
+        *[(x, placement.like(grad)) for x in arrays],
+        (stacked, placement.Follower(stacked.shape, (None,))),
+    )
+    return mu, nu, tuple(held), direction, sums
 
 
 def _kernel(pattern: ModuleType, leaf: Cut, adam_eps: float | None, *refs: Any) -> None:
@@ -275,9 +396,7 @@ def _kernel(pattern: ModuleType, leaf: Cut, adam_eps: float | None, *refs: Any) 
     axes = chain.Tile(roll)
     grad, mu, nu, *offdiag = (widened(i) for i in range(leaf.arrays))
     new = verbs(pattern, grad, mu, nu, tuple(offdiag), s, axes=axes)
-    magnitude = new.mu_hat
-    if adam_eps is not None:
-        magnitude = magnitude / (jnp.sqrt(new.nu_hat) + adam_eps)
+    magnitude = new.adam(adam_eps)
     inside = slice(leaf.halo, leaf.halo + leaf.tile) if borders else slice(None)
     for result, x in zip(results, (new.mu, new.nu, *new.offdiag, new.direction), strict=True):
         result[0] = x[inside]

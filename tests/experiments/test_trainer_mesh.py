@@ -15,6 +15,7 @@ from experiments import mesh as mesh_lib
 from experiments import program as program_lib
 from experiments import segments, tasks, telemetry, train
 from experiments import workdir as workdir_lib
+from precond_optax.kernels import fused
 from tests.compiled import bytes_by_device
 from tests.experiments import stand_in
 from tests.experiments.small import config_of, lines, small_task, without_clock
@@ -44,11 +45,11 @@ def optimizer_config(name):
     return config
 
 
-def steps_of(name, mesh=None, **changes):
+def steps_of(name, mesh=None, optimizer=None, **changes):
     """The carry after some steps, without a workdir, and what they told."""
     config = task_config(mesh, **changes)
     task = tasks.make(config, None)
-    program = program_lib.single(task, config, optimizer_config(name))
+    program = program_lib.single(task, config, {**optimizer_config(name), **(optimizer or {})})
     made = None if mesh is None else mesh_lib.of(config)
     with jax.set_mesh(made) if made is not None else jax.default_device(jax.devices()[0]):
         carry = jax.jit(program.initial, out_shardings=program.shardings)()
@@ -114,6 +115,20 @@ def test_eight_devices_equal_one(name, mesh):
     assert bool(others) == (name == 'shared_basis')
     for x in others:
         assert max(bytes_by_device(x).values()) == x.nbytes // (fsdp * tensor), x.shape
+
+
+def test_in_a_mesh_kernels_run_on_each_device_s_part(monkeypatch):
+    """Of an optimizer that has some: the program tells it where everything lies."""
+    carry, told = on_one_device('sonew')
+    real, parts = fused.step, []
+    monkeypatch.setattr(fused, 'LANES', 4)  # so that the small leaves fill tiles
+    monkeypatch.setattr(fused, 'SUBLANES', 2)
+    monkeypatch.setattr(
+        fused, 'step', lambda *args, **names: parts.append(args[2].shape) or real(*args, **names)
+    )
+    _, got, got_told = steps_of('sonew', (1, 2, 4), optimizer=dict(impl='pallas'))
+    assert_near((got, got_told), (carry, told))
+    assert parts.count((3, 4, 4)) >= 2  # of 'up' and 'down'
 
 
 @pytest.mark.parametrize(('mesh', 'count'), [(None, 4), ((2, 2, 2), 2)])

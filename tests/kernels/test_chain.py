@@ -1,10 +1,15 @@
 """The shift along the chain against NumPy's flattening."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from precond_optax.kernels import chain
 
@@ -71,3 +76,49 @@ def test_dtype_is_kept(dtype):
 def test_scalar_chain_has_no_neighbours():
     assert chain.successor(jnp.float32(3), ()) == 0
     assert chain.predecessor(jnp.float32(3), ()) == 0
+
+
+# Each axis of the mesh (2, 2, 2) on an axis of a leaf, or on none.
+ON_AXES = st.tuples(*[st.integers(-1, 2)] * 3)
+
+
+@settings(max_examples=25)
+@given(
+    ON_AXES,
+    st.permutations('xyz'),
+    st.sampled_from([(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 2), (2, 1)]),
+)
+@example((1, 1, 0), ['z', 'y', 'x'], (1, 0, 2))
+def test_shifts_of_parts_equal_those_of_the_whole(on_axes, letters, axes):
+    """Parts of as little as one row, on devices in a ring along several of a leaf's axes."""
+    mesh = jax.make_mesh((2, 2, 2), ('x', 'y', 'z'), (AxisType.Auto,) * 3)
+    names = [tuple(n for n, a in zip(letters, on_axes, strict=True) if a == i) for i in range(3)]
+    shape = [2 ** len(own) * size for own, size in zip(names, (1, 3, 2), strict=True)]
+    x = jnp.arange(1.0, 1 + np.prod(shape)).reshape(shape)
+    shards = chain.Shards(axes, tuple(names))
+    for shift in (chain.successor, chain.predecessor):
+        parts = jax.shard_map(
+            functools.partial(shift, axes=shards),
+            mesh=mesh,
+            in_specs=P(*names),
+            out_specs=P(*names),
+        )
+        np.testing.assert_array_equal(jax.jit(parts)(x), shift(x, axes))
+
+
+@pytest.mark.parametrize('step', [1, -1])
+def test_several_rows_beyond_a_part(step):
+    """As many as are given, in the column beside where the part is the last of its ring."""
+    mesh = jax.make_mesh((4, 2), ('x', 'y'), (AxisType.Auto,) * 2)
+    x = jnp.arange(16 * 4).reshape(16, 4)
+    shards = chain.Shards((0, 1), (('x',), ('y',)))
+
+    def two(x):
+        return chain.beyond(x[:2] if step == 1 else x[-2:], shards, step)
+
+    got = jax.shard_map(two, mesh=mesh, in_specs=P('x', 'y'), out_specs=P('x', 'y'))(x)
+    whole = jnp.roll(x, -1 if step == 1 else 1, 1)
+    whole = whole.at[:, -1 if step == 1 else 0].set(0)
+    rows = {1: [*x[4:6], *x[8:10], *x[12:14], *whole[:2]]}
+    rows[-1] = [*whole[-2:], *x[2:4], *x[6:8], *x[10:12]]
+    np.testing.assert_array_equal(got, jnp.stack(rows[step]))
