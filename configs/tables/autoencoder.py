@@ -60,9 +60,15 @@ def get_config() -> config_dict.ConfigDict:
                     ),
                     label='AdamW',
                 ),
-                adafactor=_row('adafactor', label='Adafactor'),
+                adafactor=_row(
+                    'adafactor', dict(learning_rate=1.951e-2, momentum=0.814), label='Adafactor'
+                ),
                 muon=_row('muon', dict(learning_rate=2.696e-2, beta=0.8506), label='Muon'),
-                schedule_free=_row('schedule_free_adamw', label='Schedule-Free AdamW'),
+                schedule_free=_row(
+                    'schedule_free_adamw',
+                    dict(learning_rate=6.143e-3, b1=0.9715, b2=0.9396, eps=2.073e-8),
+                    label='Schedule-Free AdamW',
+                ),
                 sonew_diagonal=_row(
                     'sonew',
                     dict(band=0, learning_rate=5.683e-3, b1=0.9289, b2=0.9478, eps=2.848e-6),

@@ -1,8 +1,11 @@
 """A study of SONew on the autoencoder: one thing at a time is not as in the searched row.
 
+The last rows have together what helped alone.
+
 python -m experiments.table --table=configs/tables/autoencoder_sonew.py --epochs=30 ...
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,11 +49,17 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
         yield f'band {band}', dict(band=band)
     yield 'band 4 on the pixels', dict(band=1, layout=_bands(4, others=False))
     yield 'band 4 on the others', dict(band=1, layout=_bands(4, others=True))
+    slower, smaller = (0.946, 0.995), (BASE['eps'], 0.01 * BASE['eps'])
+    both = dict(schedules=dict(b2=slower, eps=smaller))
+    yield 'eps x 0.1, b2 rising', dict(eps=0.1 * BASE['eps'], schedules=dict(b2=slower))
+    yield 'eps falling, b2 rising', both
+    yield 'band 4, eps x 0.1', dict(band=4, eps=0.1 * BASE['eps'])
+    yield 'band 4, eps falling, b2 rising', dict(band=4, **both)
 
 
 def get_config() -> config_dict.ConfigDict:
     rows = {
-        label.replace(' ', '_').replace('.', '_'): dict(
+        re.sub(r'\W+', '_', label): dict(
             optimizer='sonew', settings={**BASE, **changes}, label=label
         )
         for label, changes in _changes()
