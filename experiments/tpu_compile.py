@@ -234,7 +234,7 @@ def language_model_table(results: dict[str, Facts]) -> str:
     return report.markdown(header, rows)
 
 
-def leaf_table(results: dict[str, list[Facts]], params: Any) -> str:
+def leaf_table(results: dict[str, dict[str, Facts]], params: Any) -> str:
     """What the step of one leaf alone sends, and the leaf's border."""
     rows = [
         [
@@ -244,7 +244,7 @@ def leaf_table(results: dict[str, list[Facts]], params: Any) -> str:
             *(f'{size / 1e3:.1f}' for size in (facts.moved, reader.border(params[name]))),
         ]
         for optimizer, leaves in results.items()
-        for name, facts in zip(KINDS_OF_LEAVES, leaves, strict=True)
+        for name, facts in leaves.items()
     ]
     header = ['optimizer', 'leaf', 'shard', 'collectives, KB', 'border, KB']
     return report.markdown(header, rows)
@@ -266,10 +266,10 @@ def main(argv: list[str]) -> None:
         made = optimizers(_BANDS.value, _RANKS.value)
         on_pod = {name: make(layout=LAYOUT) for name, make in made.items()}
     params = language_model(pod_mesh())
-    one_by_one = [{leaf: params[leaf]} for leaf in KINDS_OF_LEAVES]
+    one_by_one = {name: {name: params[name]} for name in KINDS_OF_LEAVES}
     whole = {name: measure(tx, params) for name, tx in on_pod.items()}
     leaves = {
-        name: [measure(tx, leaf) for leaf in one_by_one]
+        name: {kind: measure(tx, leaf) for kind, leaf in one_by_one.items()}
         for name, tx in on_pod.items()
         if name != 'adam'
     }
@@ -277,7 +277,9 @@ def main(argv: list[str]) -> None:
     for band in ONE_PASS_BANDS:
         name = f'sonew, band {band}, in one pass'
         whole[name] = measure(one_pass(band, params, LAYOUT), params)
-        leaves[name] = [measure(one_pass(band, leaf, LAYOUT), leaf) for leaf in one_by_one]
+        leaves[name] = {
+            kind: measure(one_pass(band, leaf, LAYOUT), leaf) for kind, leaf in one_by_one.items()
+        }
         single[name] = measure(one_pass(band, one_leaf()), one_leaf())
     text = '\n\n'.join(
         [
@@ -293,10 +295,7 @@ def main(argv: list[str]) -> None:
         'libtpu': importlib.metadata.version('libtpu'),
         'language model': {name: dataclasses.asdict(facts) for name, facts in whole.items()},
         'leaves': {
-            name: {
-                leaf: dataclasses.asdict(facts)
-                for leaf, facts in zip(KINDS_OF_LEAVES, by_leaf, strict=True)
-            }
+            name: {leaf: dataclasses.asdict(facts) for leaf, facts in by_leaf.items()}
             for name, by_leaf in leaves.items()
         },
         'one leaf on one chip': {n: dataclasses.asdict(f) for n, f in single.items()},
