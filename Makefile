@@ -8,7 +8,7 @@ RUNS ?= tables
 ROWS ?=
 SEEDS ?= 0
 
-.PHONY: demo test lint test-slow test-tpu-compile tpu-compile benchmark \
+.PHONY: demo test lint test-slow test-tpu-compile tpu-compile step-cost \
   table-autoencoder clean
 
 demo: $(VENV)/experiments.stamp
@@ -40,8 +40,9 @@ test-tpu-compile: $(VENV)/tpu-compile.stamp
 tpu-compile: $(VENV)/tpu-compile.stamp
 	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.tpu_compile
 
-benchmark: $(VENV)/experiments.stamp
-	$(BIN)/python -m experiments.benchmark
+# Step times beside optax.adam's.
+step-cost: $(VENV)/experiments.stamp
+	$(BIN)/python -m experiments.step_cost
 
 # The papers' autoencoder table, with the committed settings: make table-autoencoder DATA=FOLDER
 # [RUNS=FOLDER] [ROWS=REGEX] [SEEDS=0,1,2]; DATA is a folder with MNIST.

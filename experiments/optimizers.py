@@ -83,7 +83,7 @@ def make(
     if layout is not None and 'layout' in parameters:
         arguments['layout'] = layout
     elif layout is not None and name == 'muon':
-        arguments['muon_weight_dimension_numbers'] = functools.partial(_matrices, layout=layout)
+        arguments['muon_weight_dimension_numbers'] = functools.partial(matrices, layout=layout)
     if schedules:
         if unknown := sorted(set(schedules) - set(arguments)):
             raise ValueError(
@@ -109,7 +109,7 @@ def _rules(given: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, precond_
         ) from error
 
 
-def _matrices(params: optax.Params, layout: Mapping[str, precond_optax.LeafRule]) -> Any:
+def matrices(params: optax.Params, layout: Mapping[str, precond_optax.LeafRule]) -> Any:
     """For each leaf that is preconditioned and a matrix, batch axes aside, its axes for Muon."""
 
     def axes(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:

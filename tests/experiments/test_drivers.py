@@ -4,20 +4,16 @@ import dataclasses
 import inspect
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 
-import precond_optax
-from experiments import benchmark, optimizers, report, telemetry, train
+from experiments import optimizers, report, telemetry, train
 from experiments import tasks as tasks_lib
 from experiments import workdir as workdir_lib
 from tests.experiments.small import (
@@ -404,80 +400,3 @@ def test_report_with_a_diverged_and_a_torn_run(tmp_path):
 def test_report_of_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match='holds no run'):
         report.find([str(tmp_path)])
-
-
-@pytest.mark.slow
-def test_benchmark_measures_every_optimizer():
-    results = {'tiny': benchmark.measure({'kernel': (8, 4), 'bias': (4,)}, rounds=2)}
-    assert [row['optimizer'] for row in results['tiny']] == list(benchmark.OPTIMIZERS)
-    assert all(len(row['seconds']) == 2 for row in results['tiny'])
-    per_parameter = {r['optimizer']: r['state_bytes_per_parameter'] for r in results['tiny']}
-    # Two moments of each entry, one off-diagonal of the kernel's 32 of 36, and the step counts.
-    assert per_parameter['adam'] == (2 * 4 * 36 + 4) / 36
-    assert per_parameter['sonew, tridiagonal'] == (2 * 4 * 36 + 4 * 32 + 4) / 36
-    # Two moments; basis, coefficients, roots and residuals of the kernel; two counts for 2 leaves.
-    blocks = 8 * 8 + 2 * 4 * 8 * 8 + 4
-    assert per_parameter['shared, rank 8'] == pytest.approx((2 * 36 + blocks + 2 + 2) * 4 / 36)
-    text = benchmark.render(results)
-    assert '| sonew, tridiagonal ' in text
-    assert '| shared, rank 32, every 10 ' in text
-
-
-def test_benchmark_measures_adam_first_and_what_is_asked_for():
-    methods = benchmark.chosen('methods', 'diagonal$|^adam', benchmark.OPTIMIZERS)
-    assert methods == ['adam', 'sonew, diagonal', 'sonew, tridiagonal']
-    rows = benchmark.measure({'kernel': (3, 2)}, 1, methods=['sonew, diagonal', 'adam'])
-    assert [row['optimizer'] for row in rows] == ['adam', 'sonew, diagonal']
-    assert [len(row['seconds']) for row in rows] == [1, 1]
-
-
-def test_benchmark_leaves_methods_with_blocks_and_their_tree_out_unless_asked_for():
-    defaults = {flag: flags.FLAGS[flag].default for flag in ('methods', 'trees')}
-    methods = benchmark.chosen('methods', defaults['methods'], benchmark.OPTIMIZERS)
-    blocks = ('shared', 'mbag', 'block', 'shampoo', 'sketchy')
-    assert methods == [n for n in benchmark.OPTIMIZERS if not n.startswith(blocks)]
-    trees = benchmark.chosen('trees', defaults['trees'], benchmark.TREES)
-    assert trees == ['one (4096, 4096) leaf', "the autoencoder's tree"]
-
-
-@pytest.mark.parametrize('pattern', ['adamant', '('])
-def test_benchmark_of_nothing(pattern):
-    with pytest.raises(ValueError, match=f'--methods={re.escape(repr(pattern))} is '):
-        benchmark.chosen('methods', pattern, benchmark.OPTIMIZERS)
-
-
-def test_benchmark_renders_percentiles_and_ratios():
-    sizes = {'temporary_bytes_per_parameter': 0.0}
-    rows = [
-        {'optimizer': 'adam', 'seconds': [1.0] * 100, 'state_bytes_per_parameter': 8.0} | sizes,
-        {
-            'optimizer': 'spikes',
-            'seconds': [3.0] * 98 + [5.0, 9.0],
-            'state_bytes_per_parameter': 12.0,
-        }
-        | sizes,
-    ]
-    row = benchmark.render({'tree': rows}).splitlines()[-1]
-    cells = [cell.strip() for cell in row.strip('|').split('|')]
-    assert cells == ['spikes', '3000.00', '5000.00', '3.00', '12.00', '0.0', '1.50']
-
-
-def test_benchmark_trees():
-    shapes = benchmark.autoencoder_shapes()
-    assert sum(int(np.prod(s)) for s in shapes.values()) == 2_837_314
-    shapes = benchmark.tagger_shapes()
-    # Embedding, output, last norm; in each layer attention, two kernels and biases, two norms.
-    layer = 4 * 512 * 512 + 2 * 512 * 2048 + 2048 + 512 + 4 * 512
-    count = 12000 * 512 + 513 * 1500 + 2 * 512 + 6 * layer
-    assert sum(int(np.prod(s)) for s in shapes.values()) == count
-    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    tx = benchmark.OPTIMIZERS['shared, rank 8']()
-    plan = precond_optax.plan(tx, params)
-    treatments = {leaf.path: leaf.treatment for leaf in plan.leaves}
-    assert (
-        treatments['layer_5/attention/query/kernel'] == 'shared basis, 512 blocks of 512, rank 8'
-    )
-    assert treatments['layer_5/attention/out/kernel'] == 'shared basis, 512 blocks of 512, rank 8'
-    assert treatments['output/kernel'] == 'shared basis, 1500 blocks of 512, rank 8'
-    assert not treatments['embed/embedding'].startswith('shared basis')
-    assert not plan.unmatched_rules
