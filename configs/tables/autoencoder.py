@@ -1,8 +1,8 @@
 """The papers' autoencoder table: final losses after 100 epochs.
 
 What a row does not set is the optimizer config's. Floats are the best of the row's search (16
-random trials of 10 epochs, `experiments/results/autoencoder/table_search`), with four digits. ``reported`` are the papers' figures, ``confidence`` how sure
-we are of them.
+random trials of 10 epochs, `experiments/results/autoencoder/table_search`), with four digits.
+``reported`` are the papers' figures, ``confidence`` how sure we are of them.
 """
 
 from ml_collections import config_dict
