@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
@@ -122,8 +123,8 @@ def explicit_sharding(
     def update(
         updates: Any, state: Any, params: Any | None = None, **extra: Any
     ) -> tuple[Any, Any]:
-        arrays = {k: v for k, v in extra.items() if not callable(v)}
-        others = {k: v for k, v in extra.items() if callable(v)}
+        arrays = {k: v for k, v in extra.items() if _is_data(v)}
+        others = {k: v for k, v in extra.items() if k not in arrays}  # functions, say
 
         def run(updates: Any, state: Any, params: Any, arrays: Any) -> tuple[Any, Any]:
             return inner.update(updates, state, params, **arrays, **others)
@@ -135,6 +136,11 @@ def explicit_sharding(
             return known(updates, state, params, jax.tree.map(jnp.asarray, arrays))
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _is_data(tree: Any) -> bool:
+    kinds = (jax.Array, np.ndarray, np.generic, float, int, complex)
+    return all(isinstance(leaf, kinds) for leaf in jax.tree.leaves(tree))
 
 
 def _is_auto(mesh: Any) -> bool:

@@ -256,6 +256,34 @@ def test_where_nothing_is_known_auto_is_xla(rng, monkeypatch, kernels):
     assert len(kernels) == 1
 
 
+def test_explicit_sharding_passes_on_what_comes_beside_the_gradients():
+    """The loss, trees of numbers, a function, and no parameters; in a mesh and on one device."""
+    mesh = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Auto,))
+    params = jax.device_put({'kernel': jnp.ones((8, 2))}, NamedSharding(mesh, P('x')))
+    got = {}
+
+    def update(updates, state, params=None, *, value, weights, function, name):
+        got.update(value=value, weights=weights, function=function, name=name, params=params)
+        return jax.tree.map(lambda u: value * weights['w'] * function(u), updates), state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+    def extra(value):
+        return dict(value=value, weights={'w': 3.0}, function=jnp.square, name='a')
+
+    def step(tx, grads, value):
+        return tx.update(grads, tx.init(grads), **extra(value))[0]
+
+    told = precond_optax.explicit_sharding(tx, params)
+    updates = jax.jit(functools.partial(step, told))(params, jnp.float32(2))
+    assert jnp.all(updates['kernel'] == 6)
+    assert updates['kernel'].sharding.is_equivalent_to(params['kernel'].sharding, 2)
+    assert got['params'] is None
+    assert got['name'] == 'a'
+    one = precond_optax.explicit_sharding(tx, jax.device_put(params, jax.devices()[0]))
+    assert jnp.all(step(one, {'kernel': jnp.ones((8, 2))}, 2.0)['kernel'] == 6)
+
+
 def test_wrong_impl():
     with pytest.raises(ValueError, match="impl must be one of 'auto', 'xla', 'pallas', got 'gpu'"):
         precond_optax.sonew(0.1, impl='gpu')
