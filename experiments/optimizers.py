@@ -34,9 +34,11 @@ FACTORIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def has_kernels(config: Mapping[str, Any]) -> bool:
-    """Whether an optimizer may go through a kernel, which the compiler cannot share out."""
-    parameters = inspect.signature(FACTORIES[config['name']]).parameters
-    return 'impl' in parameters and config.get('impl') != 'xla'
+    """Whether an optimizer goes through a kernel here, which the compiler cannot share out."""
+    if 'impl' not in inspect.signature(FACTORIES[config['name']]).parameters:
+        return False
+    impl = config.get('impl', 'auto')
+    return impl == 'pallas' or (impl == 'auto' and jax.default_backend() == 'tpu')
 
 
 def make(

@@ -16,8 +16,8 @@ that this takes at the speed of a copy, measured in the same turns, is shown as 
 step's: 1 would be a step as fast as memory allows. More than 1 is a tree that caches hold.
 
 With --compile_for nothing runs: the TPU compiler says what one chip's memory reads and writes in
-a step. That needs libtpu, but no TPU, and is the same on every machine. SONew's fused kernel is
-there, and on TPUs.
+a step. That needs libtpu, but no TPU, and is the same on every machine. Rows of SONew's fused
+kernel are offered so, and on TPUs.
 
 With --workdir, the numbers go to step_cost.json there, and the tables to step_cost.md.
 
@@ -347,7 +347,7 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
 def compiled_for(
     topology: str, tree: Tree, methods: Iterable[str]
 ) -> dict[str, tpu_compile.Facts | str]:
-    """What a compiler makes of steps on one chip, or in how many words it refuses to."""
+    """What a compiler makes of steps on one chip, or the first line of its refusal."""
     factories = OPTIMIZERS | ON_TPUS
     chip = tpu_compile.one_leaf((), topology).sharding
     params = {
@@ -358,7 +358,7 @@ def compiled_for(
     for name in dict.fromkeys(('adam', *methods)):
         try:
             found[name] = tpu_compile.measure(factories[name](tree.layout), params)
-        except jax.errors.JaxRuntimeError as error:  # as where a chip's memory is too small
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # no memory, say
             found[name] = str(error).partition('\n')[0][:200]
     return found
 
@@ -407,6 +407,12 @@ def main(argv: list[str]) -> None:
             on_tpu = topology is not None or jax.default_backend() == 'tpu'
         except RuntimeError as error:
             raise ValueError(f'--backend={_BACKEND.value}: {error}') from error
+        if topology is not None:
+            try:
+                tpu_compile.one_leaf((), topology)
+            except (IndexError, RuntimeError, ValueError) as error:
+                why = str(error).partition('\n')[0]
+                raise ValueError(f'--compile_for={topology}: {why}; v5e:2x2 is one.') from error
         offered = OPTIMIZERS | (ON_TPUS if on_tpu else {})
         methods = chosen('optimizers', _OPTIMIZERS.value, offered)
         trees = [TREES[name] for name in chosen('tree', _TREES.value, TREES)]

@@ -47,7 +47,7 @@ def along(sharding: Sharding, ndim: int, follower: Follower) -> Sharding:
 
     Example:
       >>> import jax
-      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.make_mesh((jax.device_count(),), ('x',))
       >>> along(NamedSharding(mesh, P('x')), 2, Follower((4, 16), (None, 0))).spec
       P(None, 'x')
@@ -149,16 +149,18 @@ def in_auto_axes(
 def has_known_parts(leaf: jax.Array) -> bool:
     """Whether an array's type tells which part of it each device has, or nothing is shared out.
 
-    It does in meshes whose axes are all explicit. Where they are all manual, an array is one
-    device's. Without any mesh in sight, as in a plain jit, it is taken to lie on one device.
+    It does in meshes whose axes are all explicit. Without any mesh in sight, as in a plain jit, an
+    array is taken to lie on one device. Of what is manual we know no more than the caller's part.
     """
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
         sharding = leaf.sharding
         if len(sharding.device_set) > 1 and not isinstance(sharding, NamedSharding):
             return False
     mesh = jax.typeof(leaf).sharding.mesh
+    if mesh.empty:  # that of its caller, which a jit would give it
+        mesh = jax.sharding.get_abstract_mesh()
     kinds = set(mesh.axis_types)
-    return mesh.size == 1 or len(kinds - {AxisType.Auto}) == len(kinds) <= 1
+    return kinds in (set(), {AxisType.Explicit}) or (kinds == {AxisType.Auto} and mesh.size == 1)
 
 
 def on_each_part(
@@ -179,7 +181,7 @@ def on_each_part(
     Returns:
       The whole results.
     """
-    sharding = jax.typeof(leaf).sharding
+    sharding: Any = jax.typeof(leaf).sharding
     if not sharding.mesh.explicit_axes:
         return fun([()] * leaf.ndim, *(x for x, _ in args))
 
@@ -194,7 +196,8 @@ def on_each_part(
         out_specs=tuple(spec(follower) for follower in results),
         check_vma=False,  # of a kernel it knows nothing
     )
-    return parts(*(x for x, _ in args))
+    # They are there already, or `shard_map` would refuse them.
+    return parts(*(jax.sharding.reshard(x, along(sharding, leaf.ndim, own)) for x, own in args))
 
 
 def like(leaf: Any) -> Follower:

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
@@ -42,7 +41,7 @@ def state_sharding(tx: optax.GradientTransformation, params: optax.Params) -> An
 
     Example:
       >>> import jax, jax.numpy as jnp, precond_optax
-      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.make_mesh((jax.device_count(),), ('x',))
       >>> params = jax.device_put({'kernel': jnp.ones((16, 8))}, NamedSharding(mesh, P('x')))
       >>> tx = precond_optax.sonew(1e-3)
@@ -78,20 +77,24 @@ def explicit_sharding(
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation that is told where its arrays lie, in a mesh with Auto axes.
 
-    There a program is traced without knowing what lies where, and the compiler shares it out
-    afterwards; but it cannot share out a Pallas kernel, so `sonew` takes its fused one only where
-    an array's type tells its sharding: on one device, or in Explicit axes. This makes the axes
-    Explicit for the update. Gradients and state are put where `state_sharding` has them, as
-    updates and the new state are.
+    In such a mesh a program is traced without knowing what lies where, and the compiler shares it
+    out afterwards. It cannot share out a Pallas kernel, so `sonew` takes its fused one only where
+    an array's type tells its sharding. This makes the axes Explicit for the update. Gradients and
+    state are put where `state_sharding` has them, as updates and the new state are.
+
+    It belongs outside of all other wrappers: what ``optax.masked`` or ``optax.chain`` hand down is
+    not the whole tree.
 
     Args:
       tx: a transformation that works in meshes with Explicit axes, as all of this package do.
       params: the parameters, ``jax.Array`` or ``jax.ShapeDtypeStruct``, with shardings, as for
-        `state_sharding`. On one device, or in a mesh with Explicit axes, ``tx`` is returned.
+        `state_sharding`. Where they are on one device, or their mesh has an axis that is not Auto,
+        ``tx`` is returned.
 
     Returns:
-      A transformation with the same state. Its update is for the inside of a jit. What it gets
-      beside gradients, state and parameters is the same on all devices.
+      A transformation with the same state. Its update is for the inside of a jit; inside a
+      ``shard_map``, whose axes are manual, it is that of ``tx``. Arrays that it gets beside
+      gradients, state and parameters are the same on all devices, whole.
 
     Raises:
       ValueError: as `state_sharding`.
@@ -109,10 +112,10 @@ def explicit_sharding(
       True
     """
     inner = optax.with_extra_args_support(tx)
-    whole = _replicated(params)
-    if not isinstance(whole, NamedSharding) or not _is_auto(whole.mesh):
+    anywhere = _replicated(params)
+    if not isinstance(anywhere, NamedSharding) or not _is_auto(anywhere.mesh):
         return inner
-    mesh = whole.mesh.abstract_mesh
+    mesh = anywhere.mesh.abstract_mesh
 
     def specs(shardings: Any) -> Any:
         return jax.tree.map(lambda sharding: sharding.spec, shardings)
@@ -123,24 +126,26 @@ def explicit_sharding(
     def update(
         updates: Any, state: Any, params: Any | None = None, **extra: Any
     ) -> tuple[Any, Any]:
-        arrays = {k: v for k, v in extra.items() if _is_data(v)}
-        others = {k: v for k, v in extra.items() if k not in arrays}  # functions, say
+        if jax.sharding.get_abstract_mesh().manual_axes:
+            return inner.update(updates, state, params, **extra)
+        leaves, structure = jax.tree.flatten(extra)
+        positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
 
         def run(updates: Any, state: Any, params: Any, arrays: Any) -> tuple[Any, Any]:
-            return inner.update(updates, state, params, **arrays, **others)
+            given = dict(zip(positions, arrays, strict=True))
+            more = jax.tree.unflatten(
+                structure, [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+            )
+            return inner.update(updates, state, params, **more)
 
-        places = (own, held, own if params is not None else None)
+        arrays = [leaves[i] for i in positions]
+        whole = [PartitionSpec()] * len(arrays)
+        places = (own, held, own if params is not None else None, whole)
         with jax.sharding.use_abstract_mesh(mesh):
-            everywhere = jax.tree.map(lambda _: PartitionSpec(), arrays)
-            known = jax.sharding.explicit_axes(run, in_sharding=(*places, everywhere))
-            return known(updates, state, params, jax.tree.map(jnp.asarray, arrays))
+            known = jax.sharding.explicit_axes(run, in_sharding=places)
+            return known(updates, state, params, arrays)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def _is_data(tree: Any) -> bool:
-    kinds = (jax.Array, np.ndarray, np.generic, float, int, complex)
-    return all(isinstance(leaf, kinds) for leaf in jax.tree.leaves(tree))
 
 
 def _is_auto(mesh: Any) -> bool:

@@ -56,8 +56,9 @@ def _takes_kernel(impl: str) -> bool:
 
 def _is_placed(impl: str, leaf: jax.Array) -> bool:
     """Whether a leaf may go through the kernel where it lies: XLA cannot share out a kernel."""
-    unknown = jax.typeof(leaf).sharding.mesh.empty and jax.device_count() > 1
-    return placement.has_known_parts(leaf) and (impl == 'pallas' or not unknown)
+    # With several devices and no mesh in sight the compiler may yet share it out.
+    guessed = jax.typeof(leaf).sharding.mesh.empty and jax.device_count() > 1
+    return placement.has_known_parts(leaf) and (impl == 'pallas' or not guessed)
 
 
 def _padded(arrays: Sequence[Any], count: int) -> tuple[Any, ...]:
@@ -221,7 +222,9 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         bands = band_of(facts)
         pattern = _PATTERNS.get(bands, f'{bands} bands')
         chains = math.prod(facts.shape[: facts.batch_axes])
-        how = ', in one pass' if fits_kernel(facts) else ''
+        how = ''
+        if fits_kernel(facts):
+            how = ', in one pass' + (' where it may' if jax.device_count() > 1 else '')
         return f'{pattern}, {chains} x {facts.size}, order {facts.order or order}{how}'
 
     return leafwise.leafwise(
@@ -320,9 +323,11 @@ def sonew(
       impl: 'pallas': leaves that can go through a kernel do, in one pass over memory; 'xla': none
         does; 'auto': the first on TPUs. The kernel takes up to eight bands, order 'F' in leaves of
         two or three axes that fill a TPU's tiles, float32 throughout, and neither ``relative_eps``
-        nor ``diagnostics``; what it does not take is XLA's. So is what the compiler shares out: on
-        several devices the kernel runs where the mesh's axes are Explicit, or after
-        `explicit_sharding`. The results are the same to rounding. Other backends interpret it.
+        nor ``diagnostics``; what it does not take is XLA's. So is, on several devices, what the
+        compiler shares out: the kernel runs where the mesh's axes are Explicit, or after
+        `explicit_sharding`; 'auto' does not guess, so it is XLA's as well where there is no mesh.
+        In a ``shard_map`` or ``pmap`` all is XLA's. The results are the same to rounding. Other
+        backends interpret the kernel.
       weight_decay: decoupled, as in ``optax.adamw``, >= 0.
       mask: which leaves decay, as in ``optax.adamw``.
 

@@ -1,7 +1,7 @@
 """SONew with `impl='pallas'`, interpreted: as XLA's, for the leaves that the kernel takes."""
 
-import contextlib
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -144,13 +144,11 @@ def in_a_mesh(kind, spec, tx, grads):
     mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(kind,) * 2)
     grads = jax.device_put(grads, NamedSharding(mesh, spec))
     tx = precond_optax.explicit_sharding(tx, grads[0])
-    with jax.set_mesh(mesh) if kind == AxisType.Explicit else contextlib.nullcontext():
-        state = jax.jit(tx.init, out_shardings=precond_optax.state_sharding(tx, grads[0]))(
-            grads[0]
-        )
-        step = jax.jit(tx.update).lower(grads[0], state).compile()
-        for grad in grads:
-            updates, state = step(grad, state)
+    places = precond_optax.state_sharding(tx, grads[0])
+    state = jax.jit(tx.init, out_shardings=places)(grads[0])
+    step = jax.jit(tx.update).lower(grads[0], state).compile()
+    for grad in grads:
+        updates, state = step(grad, state)
     return updates, state, collectives(step.as_text()), border(grads[0])
 
 
@@ -170,24 +168,69 @@ def test_each_device_steps_its_part(kind, shape, batch_axes, spec, band, fills, 
     permutes = [size for kind, size in found if kind == 'collective-permute']
     assert sum(size for kind, size in found if kind == 'all-reduce') <= 8 * 4
     if fills:
-        # Of all arrays at once, each way along each axis that is shared out, as deep as the band.
-        assert len(permutes) <= 4 * bool(band)
-        assert sum(permutes) <= (3 + band) * band * edge
+        # Of all arrays at once, each way along each axis that is cut: as many rows along the
+        # fastest axis as the band is wide, and of the faster axes but the ends.
+        sizes = part(shape, spec)
+        cut = [i for i in range(batch_axes, len(shape)) if sizes[i] < shape[i]]
+        rows = sum(math.prod(sizes[i + 1 :]) for i in cut) * math.prod(sizes[:batch_axes])
+        assert len(permutes) == 2 * len(cut) * bool(band)
+        assert sum(permutes) == 2 * 4 * (3 + band) * band * rows
     else:
         assert sum(permutes) <= (2 + band) * band * edge
+
+
+def part(shape, spec):
+    """The sizes of a device's part in the mesh (4, 2)."""
+    names = [n if isinstance(n, tuple) else (n,) for n in (*spec, *[None] * len(shape))]
+    counts = {'x': 4, 'y': 2}
+    return [
+        size // math.prod(counts.get(name, 1) for name in own)
+        for size, own in zip(shape, names, strict=False)
+    ]
 
 
 def test_the_parts_are_as_said():
     """Of those that fill a tile and those that do not."""
     for shape, batch_axes, spec, band, fills in PARTS:
-        sizes = {'x': 4, 'y': 2}
-        names = [n if isinstance(n, tuple) else (n,) for n in (*spec, *[None] * len(shape))]
-        part = [
-            size // int(np.prod([sizes.get(name, 1) for name in own]))
-            for size, own in zip(shape, names, strict=False)
-        ]
         axes = tuple(range(batch_axes, len(shape)))
-        assert (fused.cut(part, batch_axes, axes, band) is not None) == fills
+        assert (fused.cut(part(shape, spec), batch_axes, axes, band) is not None) == fills
+
+
+@pytest.mark.parametrize('kind', [AxisType.Explicit, AxisType.Auto])
+def test_merged_heads_in_a_mesh(kind, rng):
+    """Which the chain goes along from the last axis on, so the slower axes are not in order."""
+    shape, layout = (64, 16, 128), {'': LeafRule(merge_axes=((-2, -1),))}
+    ours, theirs = (sonew(impl, band=2, layout=layout, eps=0.1) for impl in ('pallas', 'xla'))
+    grads = [jnp.asarray(rng.normal(size=shape), jnp.float32)]
+    expected, _ = theirs.update(grads[0], theirs.init(grads[0]))
+    updates, _, found, _ = in_a_mesh(kind, P('x', 'y'), ours, grads)
+    assert_same(jax.device_get(updates), expected)
+    assert len([kind for kind, _ in found if kind == 'collective-permute']) <= 6
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda tx: optax.MultiSteps(tx, 2),
+        lambda tx: optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), tx), 3),
+        lambda tx: optax.masked(tx, {'a': True, 'b': False}),
+    ],
+    ids=['MultiSteps', 'apply_if_finite', 'masked'],
+)
+def test_explicit_sharding_outside_of_wrappers(wrap, rng, kernels):
+    grads = {k: jnp.asarray(rng.normal(size=(64, 256)), jnp.float32) for k in 'ab'}
+    theirs = wrap(sonew('xla', eps=0.1, layout=None))
+    state = theirs.init(grads)
+    for _ in range(2):
+        expected, state = theirs.update(grads, state, grads)
+    mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
+    placed = jax.device_put(grads, NamedSharding(mesh, P('x', 'y')))
+    ours = precond_optax.explicit_sharding(wrap(sonew('pallas', eps=0.1, layout=None)), placed)
+    held = jax.jit(ours.init, out_shardings=precond_optax.state_sharding(ours, placed))(placed)
+    for _ in range(2):
+        updates, held = jax.jit(ours.update)(placed, held, placed)
+    assert_same(jax.device_get(updates), expected)
+    assert kernels
 
 
 @pytest.fixture
@@ -211,8 +254,9 @@ def test_what_the_compiler_shares_out_is_xlas(rng, kernels):
     assert len(kernels) == 1
 
 
-def test_in_a_manual_region_a_leaf_is_the_device_s(rng, kernels):
-    """Manual along the data axis alone a leaf is whole, and goes through the kernel."""
+@pytest.mark.parametrize('told', [False, True])
+def test_what_is_manual_is_xlas(told, rng, kernels):
+    """A kernel would have to say how its results vary over the mesh."""
     tx, grad = sonew('pallas', eps=0.1), gradients(rng)['kernel']
     whole, _ = tx.update(grad, tx.init(grad))
     mesh = jax.make_mesh((8,), ('data',), (AxisType.Auto,))
@@ -227,7 +271,7 @@ def test_in_a_manual_region_a_leaf_is_the_device_s(rng, kernels):
     # The same for all but two, which cancel.
     grads = jnp.stack([grad] * 8) + jnp.zeros((8, 1, 1)).at[:2, 0, 0].set(jnp.array([1.0, -1.0]))
     assert_same(jax.jit(step)(grads), whole)
-    assert len(kernels) == 2
+    assert len(kernels) == 1
 
 
 def test_partly_manual_is_xlas(rng, kernels):
@@ -262,14 +306,14 @@ def test_explicit_sharding_passes_on_what_comes_beside_the_gradients():
     params = jax.device_put({'kernel': jnp.ones((8, 2))}, NamedSharding(mesh, P('x')))
     got = {}
 
-    def update(updates, state, params=None, *, value, weights, function, name):
-        got.update(value=value, weights=weights, function=function, name=name, params=params)
-        return jax.tree.map(lambda u: value * weights['w'] * function(u), updates), state
+    def update(updates, state, params=None, *, value, mixed, name):
+        got.update(mixed=mixed, name=name, params=params)
+        return jax.tree.map(lambda u: value * mixed['w'] * mixed['f'](u), updates), state
 
     tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
     def extra(value):
-        return dict(value=value, weights={'w': 3.0}, function=jnp.square, name='a')
+        return dict(value=value, mixed={'w': 3.0, 'f': jnp.square, 'x': jnp.ones(3)}, name='a')
 
     def step(tx, grads, value):
         return tx.update(grads, tx.init(grads), **extra(value))[0]
@@ -279,7 +323,7 @@ def test_explicit_sharding_passes_on_what_comes_beside_the_gradients():
     assert jnp.all(updates['kernel'] == 6)
     assert updates['kernel'].sharding.is_equivalent_to(params['kernel'].sharding, 2)
     assert got['params'] is None
-    assert got['name'] == 'a'
+    assert (got['name'], got['mixed']['w']) == ('a', 3.0)
     one = precond_optax.explicit_sharding(tx, jax.device_put(params, jax.devices()[0]))
     assert jnp.all(step(one, {'kernel': jnp.ones((8, 2))}, 2.0)['kernel'] == 6)
 

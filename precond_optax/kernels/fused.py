@@ -122,8 +122,8 @@ class Stepped(NamedTuple):
     mu_hat: jax.Array
     nu_hat: jax.Array
 
-    def adam(self, eps: float | None) -> jax.Array:
-        """Adam's direction with this epsilon, or the bias-corrected mean if it is None."""
+    def magnitude(self, eps: float | None) -> jax.Array:
+        """w: Adam's direction with this epsilon, or the bias-corrected mean if it is None."""
         return self.mu_hat if eps is None else self.mu_hat / (jnp.sqrt(self.nu_hat) + eps)
 
 
@@ -310,7 +310,7 @@ def _on_a_device(
     part = cut(grad.shape, leaf.batch_axes, leaf.axes, len(held))
     if part is None:
         new = verbs(leaf.pattern, grad, mu, nu, held, s, axes=shards)
-        both = jnp.stack([new.direction, new.adam(leaf.adam_eps)], leaf.batch_axes)
+        both = jnp.stack([new.direction, new.magnitude(leaf.adam_eps)], leaf.batch_axes)
         squares = jnp.sum(both * both, axis=tuple(range(leaf.batch_axes + 1, both.ndim)))
         mu, nu, held, direction = new.mu, new.nu, new.offdiag, new.direction
     else:
@@ -396,7 +396,7 @@ def _kernel(pattern: ModuleType, leaf: Cut, adam_eps: float | None, *refs: Any) 
     axes = chain.Tile(roll)
     grad, mu, nu, *offdiag = (widened(i) for i in range(leaf.arrays))
     new = verbs(pattern, grad, mu, nu, tuple(offdiag), s, axes=axes)
-    magnitude = new.adam(adam_eps)
+    magnitude = new.magnitude(adam_eps)
     inside = slice(leaf.halo, leaf.halo + leaf.tile) if borders else slice(None)
     for result, x in zip(results, (new.mu, new.nu, *new.offdiag, new.direction), strict=True):
         result[0] = x[inside]

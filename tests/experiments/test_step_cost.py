@@ -4,7 +4,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from absl import flags
 
@@ -152,7 +151,8 @@ def test_the_layouts_fit_their_trees(name):
     # Muon takes matrices: kernels, of a stack each layer's.
     numbers = step_cost.optimizers.matrices(params, tree.layout)
     taken = {path for path in params if numbers[path] is not None}
-    assert {path for path in taken if 'mlp' in path and 'dense' not in path} == {
-        path for path in params if 'layers/mlp' in path and len(params[path].shape) == 3
-    }
-    assert all(np.prod(params[path].shape) > 1e4 for path in taken)
+    kernels = {path for path in params if path.startswith('layers/mlp/') and 'scale' not in path}
+    kernels |= {path for path in params if re.search('dense_./kernel|query/kernel', path)}
+    assert len(kernels) == {'pos_tagging': 18, 'lm_1b': 3}[name]
+    assert kernels <= taken
+    assert not any('scale' in path or 'bias' in path or 'embed' in path for path in taken)
