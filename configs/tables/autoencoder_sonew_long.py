@@ -1,7 +1,7 @@
 """SONew on the autoencoder for all 100 epochs, from the second best trial of the search.
 
-At 10 epochs that trial is 0.2 behind the best one of the tridiagonal method, which has 36 times its
-eps, and at 100 epochs 1.0 ahead. One thing at a time is changed.
+At 10 epochs that trial is 0.2 behind the best one of the tridiagonal method, whose eps is 36 times
+as large, and at 100 epochs 1.0 ahead. One thing at a time is changed.
 
 python -m experiments.table --table=configs/tables/autoencoder_sonew_long.py ...
 """

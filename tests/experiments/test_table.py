@@ -13,6 +13,7 @@ from configs.tables import (
     autoencoder,
     autoencoder_bfloat16,
     autoencoder_sonew,
+    autoencoder_sonew_long,
     language_model,
     pos_tagging,
     pos_tagging_small,
@@ -204,10 +205,13 @@ def committed_rows(get_config):
             assert entry.note
 
 
-@pytest.mark.parametrize('name', [*COMMITTED, 'autoencoder_sonew'])
+STUDIES = {'sonew': autoencoder_sonew.get_config, 'sonew_long': autoencoder_sonew_long.get_config}
+
+
+@pytest.mark.parametrize('name', [*COMMITTED, *STUDIES])
 def test_committed_tables_can_be_run(name):
     """Each row's settings fit its configs, and a run could start."""
-    for configs in committed_rows(COMMITTED.get(name, autoencoder_sonew.get_config)):
+    for configs in committed_rows((COMMITTED | STUDIES)[name]):
         train.check(*configs)
 
 
