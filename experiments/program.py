@@ -41,10 +41,10 @@ def make_tx(
     tx = optax.apply_if_finite(inner, config['max_consecutive_errors'])
     if mesh is None or not optimizers.has_kernels(optimizer_config):
         return tx
-    return precond_optax.explicit_sharding(tx, _placed(task, mesh))
+    return precond_optax.explicit_sharding(tx, _params_like(task, mesh))
 
 
-def _placed(task: tasks.Task, mesh: Mesh) -> Any:
+def _params_like(task: tasks.Task, mesh: Mesh) -> Any:
     """The parameters' shapes and where they lie."""
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     places = mesh_lib.shardings(mesh, params, task.logical_axes)
@@ -61,7 +61,7 @@ def initial(task: tasks.Task, tx: optax.GradientTransformation, seed: int) -> Ca
 
 def shardings(task: tasks.Task, tx: optax.GradientTransformation, mesh: Mesh) -> Carry:
     """Where a run's parameters and state lie in a mesh."""
-    like = _placed(task, mesh)
+    like = _params_like(task, mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
     whole: Any = mesh_lib.whole(mesh)
     return Carry(places, precond_optax.state_sharding(tx, like), whole)

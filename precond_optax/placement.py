@@ -185,19 +185,18 @@ def on_each_part(
     if not sharding.mesh.explicit_axes:
         return fun([()] * leaf.ndim, *(x for x, _ in args))
 
-    def spec(follower: Follower) -> PartitionSpec:
-        there: Any = along(sharding, leaf.ndim, follower)
-        return there.spec
+    def target(follower: Follower) -> Any:
+        return along(sharding, leaf.ndim, follower)
 
     parts = jax.shard_map(
         functools.partial(fun, names_along(sharding, leaf.ndim)),
         mesh=sharding.mesh,
-        in_specs=tuple(spec(follower) for _, follower in args),
-        out_specs=tuple(spec(follower) for follower in results),
+        in_specs=tuple(target(follower).spec for _, follower in args),
+        out_specs=tuple(target(follower).spec for follower in results),
         check_vma=False,  # of a kernel it knows nothing
     )
-    # They are there already, or `shard_map` would refuse them.
-    return parts(*(jax.sharding.reshard(x, along(sharding, leaf.ndim, own)) for x, own in args))
+    # A state that lies otherwise is moved; `shard_map` would refuse it.
+    return parts(*(jax.sharding.reshard(x, target(follower)) for x, follower in args))
 
 
 def like(leaf: Any) -> Follower:

@@ -208,6 +208,18 @@ def test_merged_heads_in_a_mesh(kind, rng):
     assert len([kind for kind, _ in found if kind == 'collective-permute']) <= 6
 
 
+def test_a_state_that_lies_otherwise_is_moved(rng, kernels):
+    """As by a plain jit of `init`, which leaves it whole: XLA's arithmetic takes it, too."""
+    grad = jnp.asarray(rng.normal(size=(64, 256)), jnp.float32)
+    expected, _ = sonew('xla', eps=0.1).update(grad, sonew('xla').init(grad))
+    mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Explicit,) * 2)
+    tx = sonew('pallas', eps=0.1)
+    state = jax.device_put(tx.init(grad), NamedSharding(mesh, P()))
+    updates, _ = jax.jit(tx.update)(jax.device_put(grad, NamedSharding(mesh, P('x', 'y'))), state)
+    assert_same(jax.device_get(updates), expected)
+    assert len(kernels) == 1
+
+
 @pytest.mark.parametrize(
     'wrap',
     [

@@ -6,7 +6,7 @@ python -m experiments.table --table=configs/tables/autoencoder_sonew.py --epochs
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ml_collections import config_dict
@@ -57,19 +57,24 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
     yield 'band 4, eps falling, b2 rising', dict(band=4, **both)
 
 
-def get_config() -> config_dict.ConfigDict:
+def table(
+    base: dict[str, Any], changes: Iterable[tuple[str, dict[str, Any]]]
+) -> config_dict.ConfigDict:
+    """A study: a row for each change to SONew's settings, the first of which is the reference."""
     rows = {
-        re.sub(r'\W+', '_', label): dict(
-            optimizer='sonew', settings={**BASE, **changes}, label=label
-        )
-        for label, changes in _changes()
+        re.sub(r'\W+', '_', label): dict(optimizer='sonew', settings={**base, **own}, label=label)
+        for label, own in changes
     }
     return config_dict.ConfigDict(
         dict(
             task='autoencoder',
             settings={},
             metrics=(('train_loss', 'train loss'), ('test_loss', 'test loss')),
-            reference='as_searched',
+            reference=next(iter(rows)),
             rows=rows,
         )
     )
+
+
+def get_config() -> config_dict.ConfigDict:
+    return table(BASE, _changes())

@@ -6,11 +6,12 @@ as large, and at 100 epochs 1.0 ahead. One thing at a time is changed.
 python -m experiments.table --table=configs/tables/autoencoder_sonew_long.py ...
 """
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import config_dict
+
+from configs.tables import autoencoder_sonew
 
 # The best of the search of the rows 'band 4' and 'diagonal' of `autoencoder.py`.
 BASE = dict(learning_rate=5.683e-3, b1=0.9289, b2=0.9478, eps=2.848e-6)
@@ -30,18 +31,4 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def get_config() -> config_dict.ConfigDict:
-    rows = {
-        re.sub(r'\W+', '_', label): dict(
-            optimizer='sonew', settings={**BASE, **changes}, label=label
-        )
-        for label, changes in _changes()
-    }
-    return config_dict.ConfigDict(
-        dict(
-            task='autoencoder',
-            settings={},
-            metrics=(('train_loss', 'train loss'), ('test_loss', 'test loss')),
-            reference='second_trial',
-            rows=rows,
-        )
-    )
+    return autoencoder_sonew.table(BASE, _changes())
