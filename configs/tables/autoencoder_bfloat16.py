@@ -1,4 +1,4 @@
-"""The same with parameters and gradients in bfloat16, SONew's second table."""
+"""The same with parameters, gradients and activations in bfloat16, SONew's second table."""
 
 from ml_collections import config_dict
 
@@ -7,7 +7,7 @@ from configs.tables import autoencoder
 
 def get_config() -> config_dict.ConfigDict:
     config = autoencoder.get_config()
-    config.settings.param_dtype = 'bfloat16'
+    config.settings.update(param_dtype='bfloat16', compute_dtype='bfloat16')
     for row in config.rows.values():
         for figure in ('reported', 'confidence'):  # float32's
             if figure in row:

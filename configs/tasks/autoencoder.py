@@ -10,6 +10,7 @@ def get_config() -> config_dict.ConfigDict:
             source='mnist',  # mnist, digits (scikit-learn's 8x8, embedded) or synthetic
             hidden=(1000, 500, 250, 30, 250, 500, 1000),  # units; the smallest is the code
             param_dtype='float32',  # or bfloat16; the gradients have it too
+            compute_dtype='float32',  # of the activations; the loss is float32
             batch_size=1000,  # examples
             epochs=100,  # of num_train // batch_size steps, the remainder dropped
             warmup_epochs=5,  # the first of them at learning rate 0

@@ -50,13 +50,28 @@ def test_network_is_the_papers():
 
 
 def test_parameters_and_gradients_in_bfloat16():
-    task_config = config.get_config()
-    task_config.update(source='synthetic', hidden=(8, 3, 8), batch_size=64, param_dtype='bfloat16')
-    task = tasks.make(task_config, None)
-    params = task.init(jax.random.key(0))
-    loss_value, grads = jax.value_and_grad(task.loss)(params, task.train_data[:64])
-    assert {x.dtype.name for x in jax.tree.leaves((params, grads))} == {'bfloat16'}
-    assert loss_value.dtype == 'float32'  # as the activations
+    """And the activations where they are asked for; the loss is close, and float32."""
+    found = {}
+    for param_dtype, compute_dtype in itertools.product(('float32', 'bfloat16'), repeat=2):
+        task_config = config.get_config()
+        task_config.update(
+            source='synthetic',
+            hidden=(8, 3, 8),
+            batch_size=64,
+            param_dtype=param_dtype,
+            compute_dtype=compute_dtype,
+        )
+        task = tasks.make(task_config, None)
+        params = task.init(jax.random.key(0))
+        value, grads = jax.value_and_grad(task.loss)(params, task.train_data[:64])
+        assert {x.dtype.name for x in jax.tree.leaves((params, grads))} == {param_dtype}
+        assert value.dtype == 'float32'
+        text = str(jax.make_jaxpr(task.loss)(params, task.train_data[:64]))
+        assert ('bf16[64,8] = tanh' in text) == (compute_dtype == 'bfloat16')
+        found[param_dtype, compute_dtype] = float(value)
+    for dtype in ('float32', 'bfloat16'):  # the parameters that are drawn are not the same
+        exact, low = found[dtype, 'float32'], found[dtype, 'bfloat16']
+        assert 0 < abs(low - exact) < 1e-3 * exact
 
 
 def test_loss_is_summed_over_pixels_and_mean_over_the_batch():

@@ -231,6 +231,7 @@ BAD_CONFIGS = [
     (dict(batch_size=0), {}, r'task.batch_size must be in \[1, 256\]'),
     (dict(batch_size=257), {}, r'task.batch_size must be in \[1, 256\]'),
     (dict(param_dtype='int8'), {}, "task.param_dtype must be .* got 'int8'"),
+    (dict(compute_dtype='int8'), {}, "task.compute_dtype must be .* got 'int8'"),
     (dict(epochs=0), {}, 'task.epochs must be an integer >= 1, got 0'),
     (dict(log_every=0), {}, 'task.log_every must be an integer >= 1'),
     (dict(seed=-1), {}, 'task.seed must be an integer >= 0, got -1'),

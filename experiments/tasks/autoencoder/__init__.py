@@ -1,6 +1,5 @@
 """Autoencoder on images: binary cross-entropy summed over the pixels, mean over the batch."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,12 +23,16 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
     hidden = tuple(config['hidden'])
     if not hidden or not all(isinstance(units, int) and units > 0 for units in hidden):
         raise ValueError(f'task.hidden must be integers >= 1, one at least, got {hidden!r}.')
-    param_dtype = config['param_dtype']
-    if param_dtype not in ('float32', 'bfloat16'):
-        raise ValueError(f"task.param_dtype must be 'float32' or 'bfloat16', got {param_dtype!r}.")
+    dtypes = {name: config[name] for name in ('param_dtype', 'compute_dtype')}
+    for name, dtype in dtypes.items():
+        if dtype not in ('float32', 'bfloat16'):
+            raise ValueError(f"task.{name} must be 'float32' or 'bfloat16', got {dtype!r}.")
     steps_per_epoch = len(train) // config['batch_size']
     sizes = (train.shape[1], *hidden, train.shape[1])
-    make = functools.partial(model.Autoencoder, sizes, param_dtype=param_dtype)
+
+    def make(rngs: nnx.Rngs) -> model.Autoencoder:
+        return model.Autoencoder(sizes, rngs, **dtypes)
+
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
     def init(key: jax.Array) -> Any:

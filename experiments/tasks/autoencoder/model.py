@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments import products
+
 
 class Autoencoder(nnx.Module):
     """784-1000-500-250-30-250-500-1000-784 in the paper: Glorot-uniform kernels, zero biases.
@@ -15,11 +17,16 @@ class Autoencoder(nnx.Module):
       sizes: units of the input, of the hidden layers and of the output. The narrowest hidden
         layer is the code.
       rngs: the keys.
-      param_dtype: of the parameters, and so of their gradients; the activations are float32.
+      param_dtype: of the parameters, and so of their gradients.
+      compute_dtype: of the activations; the logits are handed on in float32.
     """
 
     def __init__(
-        self, sizes: Sequence[int], rngs: nnx.Rngs, param_dtype: Any = jnp.float32
+        self,
+        sizes: Sequence[int],
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+        compute_dtype: Any = jnp.float32,
     ) -> None:
         hidden = list(sizes[1:-1])
         self.linear = {hidden.index(min(hidden)), len(hidden)}  # layers without tanh
@@ -29,8 +36,9 @@ class Autoencoder(nnx.Module):
                 sizes[i],
                 sizes[i + 1],
                 kernel_init=nnx.initializers.glorot_uniform(),
-                dtype=jnp.float32,
+                dtype=compute_dtype,
                 param_dtype=param_dtype,
+                dot_general=_product,
                 rngs=rngs,
             )
             setattr(self, f'dense_{i}', layer)
@@ -41,4 +49,9 @@ class Autoencoder(nnx.Module):
             x = getattr(self, f'dense_{i}')(x)
             if i not in self.linear:
                 x = nnx.tanh(x)
-        return x
+        return x.astype(jnp.float32)
+
+
+def _product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """What a dense layer asks of ``lax.dot_general``."""
+    return products.einsum('bi,io->bo', x, kernel)

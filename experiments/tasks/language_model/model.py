@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments import mesh
+from experiments import mesh, products
 
 _FEATURES = ('batch', 'length', 'features')
 _HEADS = ('batch', 'length', 'heads', 'head_dim')
@@ -142,7 +142,8 @@ class Attention(nnx.Module):
         y = rms_norm(x, self.scale)
 
         def heads(kernel: nnx.Param) -> jax.Array:
-            return mesh.constrain(jnp.einsum('btd,dnh->btnh', y, kernel.astype(y.dtype)), _HEADS)
+            projected = products.einsum('btd,dnh->btnh', y, kernel.astype(y.dtype))
+            return mesh.constrain(projected, _HEADS)
 
         query, key, value = heads(self.query), heads(self.key), heads(self.value)
         if self.sizes.qk_norm:
@@ -156,7 +157,7 @@ class Attention(nnx.Module):
             implementation=_implementation(self.sizes),
         )
         attended = mesh.constrain(attended, _HEADS)
-        return jnp.einsum('btnh,nhd->btd', attended, self.out.astype(y.dtype))
+        return products.einsum('btnh,nhd->btd', attended, self.out.astype(y.dtype))
 
 
 class Mlp(nnx.Module):
@@ -174,8 +175,9 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = rms_norm(x, self.scale)
         gate, up, down = (kernel.astype(y.dtype) for kernel in (self.gate, self.up, self.down))
-        hidden = mesh.constrain(jax.nn.silu(y @ gate) * (y @ up), ('batch', 'length', 'mlp'))
-        return hidden @ down
+        into, out = 'btd,df->btf', 'btf,fd->btd'
+        hidden = jax.nn.silu(products.einsum(into, y, gate)) * products.einsum(into, y, up)
+        return products.einsum(out, mesh.constrain(hidden, ('batch', 'length', 'mlp')), down)
 
 
 class Layer(nnx.Module):
@@ -225,7 +227,7 @@ class Decoder(nnx.Module):
         x = self.run(x, None if sizes.end is None else same_document(tokens, sizes.end))
         x = rms_norm(x, self.final_scale)
         kernel = table.T if sizes.tied else self.output.astype(x.dtype)
-        logits = jnp.einsum('btd,dv->btv', x, kernel, preferred_element_type=jnp.float32)
+        logits = products.einsum('btd,dv->btv', x, kernel, dtype=jnp.float32)
         return mesh.constrain(logits, ('batch', 'length', 'vocab'))
 
     def run(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
