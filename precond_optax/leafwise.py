@@ -334,17 +334,33 @@ def _cast(tree: Any, dtype: jnp.dtype) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
+def rounding_key(path: str, name: str, place: int, count: jax.Array) -> jax.Array:
+    """The key of a stochastic rounding: anew in each step, the same in a resumed run.
+
+    Args:
+      path: of the leaf.
+      name: of the state's field.
+      place: of the array, where the field is stacked; 0 elsewhere.
+      count: the number of this step.
+
+    Returns:
+      A key.
+    """
+    key = jax.random.fold_in(jax.random.key(zlib.crc32(f'{path}:{name}'.encode())), place)
+    return jax.random.fold_in(key, count)
+
+
 def _cast_like(
     changed: Fields, fields: Fields, stochastic: Collection[str], count: jax.Array, path: str
 ) -> Fields:
     """The changed fields in the dtypes in which they are stored."""
 
     def cast(name: str, new: jax.Array, old: jax.Array, place: int) -> jax.Array:
-        if name not in stochastic or old.dtype != jnp.bfloat16:
+        # What a method's own kernel has rounded stays.
+        if name not in stochastic or old.dtype != jnp.bfloat16 or new.dtype == old.dtype:
             return new.astype(old.dtype)
-        # Drawn anew in each step and for each array, but the same in a resumed run.
-        key = jax.random.fold_in(jax.random.key(zlib.crc32(f'{path}:{name}'.encode())), place)
-        return stochastic_round(jax.random.fold_in(key, count), new.astype(jnp.float32))
+        key = rounding_key(path, name, place, count)
+        return stochastic_round(key, new.astype(jnp.float32))
 
     stored = {}
     for name, value in changed.items():

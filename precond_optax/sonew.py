@@ -13,7 +13,7 @@ import optax
 from precond_optax import checks, grafting, leafwise, placement
 from precond_optax import layout as layout_lib
 from precond_optax.checks import Scalar
-from precond_optax.kernels import banded, diagonal, fused, tridiagonal
+from precond_optax.kernels import banded, diagonal, fused, rounding, tridiagonal
 from precond_optax.layout import LeafLayout
 
 # Special forms by the number of off-diagonals; all others are banded.
@@ -155,8 +155,8 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
 
     def fits_kernel(facts: LeafLayout) -> bool:
         """Whether a leaf goes through the kernel."""
-        dtypes = {jnp.dtype(d) for d in (facts.dtype, mu_dtype, stats_dtype) if d is not None}
-        plain = dtypes == {jnp.dtype('float32')} and checks.is_static_zero(relative_eps)
+        dtypes = {jnp.dtype(d).name for d in (facts.dtype, mu_dtype, stats_dtype) if d is not None}
+        plain = dtypes <= {'float32', 'bfloat16'} and checks.is_static_zero(relative_eps)
         if diagnostics or not plain or not facts.precondition or not _takes_kernel(impl):
             return False
         axes = facts.chain_axes(facts.order or order)
@@ -165,7 +165,16 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     def in_one_pass(
         grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
     ) -> tuple[jax.Array, leafwise.Fields]:
-        held, scalars = state.offdiag[: band_of(facts)], scalars_of(state, facts)
+        # As they are stored: leafwise has made them wide, which the compiler takes back.
+        stored = stats_dtype or facts.compute_dtype
+        nu, *held = (x.astype(stored) for x in (state.nu, *state.offdiag[: band_of(facts)]))
+        scalars = scalars_of(state, facts)
+        fields = [('nu', 0), *(('offdiag', k) for k in range(len(held)))]
+        drawn = fields if stochastic_rounding and jnp.dtype(stored) == jnp.bfloat16 else []
+        seeds = [
+            rounding.seeds(leafwise.rounding_key(facts.path, *field, state.count))
+            for field in drawn
+        ]
         leaf = fused.Static(
             _KERNELS.get(len(held), banded),
             facts.batch_axes,
@@ -175,7 +184,12 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         # One after the other under vmap, which would put a batch axis to the scalars.
         run = jax.custom_batching.sequential_vmap(functools.partial(fused.one_pass, leaf))
         mu, nu, offdiag, direction, squares = run(
-            grad, state.mu, state.nu, held, jax.tree.map(jnp.asarray, scalars)
+            grad.astype(facts.dtype),
+            state.mu.astype(mu_dtype or facts.dtype),
+            nu,
+            tuple(held),
+            jax.tree.map(jnp.asarray, scalars),
+            jnp.stack(seeds) if seeds else jnp.zeros((0, 2), jnp.uint32),
         )
         if graft is not None:
             # Of u and of w, for each chain.
@@ -322,12 +336,12 @@ def sonew(
         last step dropped. Costs nothing when off.
       impl: 'pallas': leaves that can go through a kernel do, in one pass over memory; 'xla': none
         does; 'auto': the first on TPUs. The kernel takes up to eight bands, order 'F' in leaves of
-        two or three axes that fill a TPU's tiles, float32 throughout, and neither ``relative_eps``
-        nor ``diagnostics``; what it does not take is XLA's. So is, on several devices, what the
-        compiler shares out: the kernel runs where the mesh's axes are Explicit, or after
-        `explicit_sharding`; 'auto' does not guess, so it is XLA's as well where there is no mesh.
-        In a ``shard_map`` or ``pmap`` all is XLA's. The results are the same to rounding. Other
-        backends interpret the kernel.
+        two or three axes that fill a TPU's tiles, float32 and bfloat16, and neither
+        ``relative_eps`` nor ``diagnostics``; what it does not take is XLA's. So is, on several
+        devices, what the compiler shares out: the kernel runs where the mesh's axes are Explicit,
+        or after `explicit_sharding`; 'auto' does not guess, so it is XLA's as well where there is
+        no mesh. In a ``shard_map`` or ``pmap`` all is XLA's. The results are the same to rounding.
+        Other backends interpret the kernel.
       weight_decay: decoupled, as in ``optax.adamw``, >= 0.
       mask: which leaves decay, as in ``optax.adamw``.
 

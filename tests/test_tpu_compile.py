@@ -179,3 +179,26 @@ def test_one_pass_over_memory(topology, shape, batch_axes, band, more):
     print(f'{topology} {shape} band {band}: {traffic:.2f} ({least}), temporary {temporary:.2f}')
     assert least <= traffic <= more * least
     assert temporary <= (5.5 if band < 4 else 20)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'band', 'more'),
+    [
+        ((8192, 8192), 0, 1, 1.05),
+        ((8192, 8192), 0, 4, 1.12),
+        ((32, 1536, 16, 128), 1, 1, 1.12),
+    ],
+)
+def test_one_pass_over_bfloat16_state(shape, batch_axes, band, more):
+    """Each array of the state is read and written in two bytes, rounded on the way."""
+    pytest.importorskip('libtpu')
+    layout = {'': precond_optax.LeafRule(batch_axes=batch_axes)}
+    low = dict(mu_dtype='bfloat16', stats_dtype='bfloat16')
+    tx = precond_optax.sonew(1e-3, band=band, impl='pallas', layout=layout, **low)
+    leaf = tpu_compile.one_leaf(shape, 'v5e:2x2')
+    facts = tpu_compile.measure(tx, leaf)
+    traffic, temporary = facts.traffic / leaf.size, facts.temporary / leaf.size
+    least = 4 * (2 + band) + 4 + 4 + 12
+    print(f'{shape} band {band}, bfloat16: {traffic:.2f} ({least}), temporary {temporary:.2f}')
+    assert least <= traffic <= more * least
+    assert temporary <= 5.5

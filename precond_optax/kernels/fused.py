@@ -4,7 +4,8 @@ The verbs of a sparsity pattern (`kernels/banded.py`), one after another, read a
 arrays many times. Here a tile of rows is read once, with a few rows of the chain before and after
 it; the same verbs are run on it, and its new statistics, its direction and the squares that the
 grafting needs are written. Beside those few rows a step reads g, m, d, e and writes m, d, e, u,
-the state in place: 32 bytes for each float32 parameter where the pattern is tridiagonal.
+the state in place: 32 bytes for each float32 parameter where the pattern is tridiagonal. What is
+kept in bfloat16 is read and written so, rounded in the kernel.
 
 Rows are along the chain's fastest axis, the first of a leaf, batch axes aside. The rows at the
 tiles' borders are neighbours along a chain, of tiles, too. They are cut out before the kernel
@@ -26,7 +27,7 @@ from jax import lax
 
 from precond_optax import placement
 from precond_optax.checks import Scalar
-from precond_optax.kernels import chain
+from precond_optax.kernels import chain, rounding
 
 SUBLANES, LANES = 8, 128  # of a TPU's tile: of the last two axes
 MAX_BAND = SUBLANES
@@ -111,6 +112,20 @@ def cut(shape: Sequence[int], batch_axes: int, axes: Sequence[int], band: int) -
     return Cut(batch, rows, tuple(rest), tuple(tiled), slower, tile, halo, 3 + band)
 
 
+class Noise(NamedTuple):
+    """What stochastic rounding takes: of a part of a leaf, the bits of the leaf's own entries.
+
+    Attributes:
+      seeds: of d and of each e, (1 + band, 2), see `rounding.seeds`.
+      starts: the number of the first entry of each chain, (batch,), see `rounding.positions`.
+      strides: between neighbours along each axis, batch axes aside.
+    """
+
+    seeds: jax.Array
+    starts: jax.Array
+    strides: tuple[int, ...]
+
+
 class Stepped(NamedTuple):
     """What the verbs make of a gradient: arrays of its shape."""
 
@@ -181,6 +196,7 @@ def step(
     *,
     adam_eps: float | None,
     names: Sequence[tuple[str, ...]] = (),
+    noise: Noise | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array, jax.Array]:
     """The verbs of a pattern, and the squares of what is grafted.
@@ -188,7 +204,7 @@ def step(
     Args:
       pattern: the module of its verbs.
       leaf: how the arrays are cut.
-      grad: g, float32, of the leaf's shape.
+      grad: g, of the leaf's shape, float32 or bfloat16, as each of the arrays may be.
       mu: m, likewise.
       nu: d.
       offdiag: e, one array for each off-diagonal.
@@ -196,12 +212,13 @@ def step(
       adam_eps: w is Adam's direction with this epsilon; None: the bias-corrected m.
       names: in a manual region, the axes of the mesh that share out the rows, and each axis of
         the rest.
+      noise: how d and e are rounded where they are bfloat16. None: to nearest, as m is.
       interpret: True: JAX runs the kernel step by step, on any backend; also ``pallas_call``'s
         ``InterpretParams``, with a TPU's memory.
 
     Returns:
-      The new m, d and e, the direction u, and the sums of the squares of u and of w over each
-      chain, (batch, 2).
+      The new m, d and e, of their dtypes, the direction u, and the sums of the squares of u and
+      of w over each chain, (batch, 2), both float32.
     """
     # Here, because it is a large part of the package's own import, and few need it.
     from jax.experimental import pallas as pl
@@ -226,13 +243,20 @@ def step(
         )
 
     wrapped = pl.BlockSpec((1, leaf.halo, *block), lambda b, i, *j: (b, 0, *j))
-    like = jax.ShapeDtypeStruct(arrays[0].shape, grad.dtype)
-    squares = jax.ShapeDtypeStruct((leaf.batch, tiles, 2, *leaf.tiled), grad.dtype)
+    wide = jnp.float32
+    likes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[1:]]
+    likes.append(jax.ShapeDtypeStruct(arrays[0].shape, wide))
+    squares = jax.ShapeDtypeStruct((leaf.batch, tiles, 2, *leaf.tiled), wide)
+    numbers = [jnp.stack([jnp.asarray(x, wide) for x in scalars])]
+    strides: tuple[int, ...] | None = None
+    if noise is not None:
+        numbers += [noise.seeds, noise.starts]
+        strides = noise.strides[0], *noise.strides[-len(leaf.tiled) :]
     *new, direction, parts = pl.pallas_call(
-        functools.partial(_kernel, pattern, leaf, adam_eps),
+        functools.partial(_kernel, pattern, leaf, adam_eps, strides),
         grid=grid,
         in_specs=[
-            pl.BlockSpec(memory_space=pltpu.SMEM),
+            *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(numbers),
             *[own] * count,
             *[beside(-1), beside(1), wrapped, wrapped] * (len(borders) // 4),
         ],
@@ -240,11 +264,11 @@ def step(
             *[own] * count,
             pl.BlockSpec((1, 1, 2, *block), lambda b, i, *j: (b, i, 0, *j)),
         ],
-        out_shape=[*[like] * count, squares],
-        input_output_aliases={2 + i: i for i in range(count - 1)},  # the statistics
+        out_shape=[*likes, squares],
+        input_output_aliases={len(numbers) + 1 + i: i for i in range(count - 1)},  # statistics
         interpret=interpret,
         compiler_params=pltpu.CompilerParams(dimension_semantics=[PARALLEL] * len(grid)),
-    )(jnp.stack([jnp.asarray(x, grad.dtype) for x in scalars]), *arrays, *borders)
+    )(*numbers, *arrays, *borders)
     new_mu, new_nu, *edges, direction = (x.reshape(grad.shape) for x in (*new, direction))
     sums = jnp.sum(parts, axis=(1, *range(3, parts.ndim)))
     return new_mu, new_nu, tuple(edges), direction, sums
@@ -258,13 +282,19 @@ def _borders(
     That is each tile's last and first rows, (batch, tiles, halo, rest...), twice; and what stands
     before the first tile, the last one's last rows in the column before, and so after the last
     tile: (batch, halo, rest...), twice. Other devices may have these: as many as the band is wide
-    are sent, of all arrays at once.
+    are sent, of all arrays at once, in float32.
     """
     band, spare = leaf.arrays - 3, leaf.halo - (leaf.arrays - 3)
     axes = (2, *(axis + 3 for axis in leaf.slower))
     shards = chain.Shards(axes, ((), (), *(names or [()] * (1 + len(leaf.rest)))))
-    before = chain.beyond(jnp.stack([x[:, leaf.rows - band :] for x in arrays]), shards, -1)
-    after = chain.beyond(jnp.stack([x[:, :band] for x in arrays]), shards, 1)
+
+    def rows(x: jax.Array, *index: Any) -> jax.Array:
+        return x[index].astype(jnp.float32)
+
+    every = slice(None)
+    last = jnp.stack([rows(x, every, slice(leaf.rows - band, None)) for x in arrays])
+    first = jnp.stack([rows(x, every, slice(band)) for x in arrays])
+    before, after = chain.beyond(last, shards, -1), chain.beyond(first, shards, 1)
 
     def whole(x: jax.Array, ahead: int) -> jax.Array:
         """With rows that no one looks at, for whole tiles of a TPU."""
@@ -277,7 +307,8 @@ def _borders(
             inner = (ends[0][:, None], ends[1][:, None])
         else:
             tiles = x.reshape(leaf.batch, -1, leaf.tile, *leaf.rest)
-            inner = tiles[:, :, leaf.tile - leaf.halo :], tiles[:, :, : leaf.halo]
+            last_rows = rows(tiles, every, every, slice(leaf.tile - leaf.halo, None))
+            inner = (last_rows, rows(tiles, every, every, slice(leaf.halo)))
         borders += [*inner, *ends]
     return borders
 
@@ -298,26 +329,56 @@ class Static(NamedTuple):
     adam_eps: float | None
 
 
+def _noise(
+    leaf: Static, whole: Sequence[int], names: Sequence[tuple[str, ...]], part: Any, seeds: Any
+) -> Noise:
+    """The noise of a device's part of a leaf of shape ``whole``."""
+    strides = [math.prod(whole[axis + 1 :]) for axis in range(len(whole))]
+    start = jnp.uint32(0)
+    for size, own, stride in zip(part, names, strides, strict=True):
+        if own:
+            ahead = lax.axis_index(own).astype(jnp.uint32) * jnp.uint32(size)
+            start = start + ahead * jnp.uint32(stride % 2**32)
+    batch = leaf.batch_axes
+    starts = rounding.positions(part[:batch], strides[:batch], start)
+    return Noise(seeds, starts.ravel(), tuple(strides[batch:]))
+
+
 def _on_a_device(
-    leaf: Static, names: Sequence[tuple[str, ...]], *args: jax.Array
+    leaf: Static, whole: Sequence[int], names: Sequence[tuple[str, ...]], *args: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """A device's part of a step: ``names`` are the axes of the mesh that share out each axis."""
-    *arrays, scalars = args
+    """A device's part of a step.
+
+    Args:
+      leaf: its static facts.
+      whole: the leaf's shape.
+      names: the axes of the mesh that share out each of its axes.
+      *args: of `one_pass`, the scalars as an array.
+
+    Returns:
+      As `one_pass`, in one tuple.
+    """
+    *arrays, scalars, seeds = args
     grad, mu, nu, *offdiag = arrays
-    held, batch = tuple(offdiag), grad.shape[: leaf.batch_axes]
+    held, batch = list(offdiag), grad.shape[: leaf.batch_axes]
     s = Scalars(*(scalars[i] for i in range(len(Scalars._fields))))
     shards = chain.Shards(leaf.axes, tuple(names))
     part = cut(grad.shape, leaf.batch_axes, leaf.axes, len(held))
+    noise = _noise(leaf, whole, shards.names, grad.shape, seeds) if len(seeds) else None
     if part is None:
-        new = verbs(leaf.pattern, grad, mu, nu, held, s, axes=shards)
+        grad, mu, nu, *held = (x.astype(jnp.float32) for x in arrays)
+        new = verbs(leaf.pattern, grad, mu, nu, tuple(held), s, axes=shards)
         both = jnp.stack([new.direction, new.magnitude(leaf.adam_eps)], leaf.batch_axes)
         squares = jnp.sum(both * both, axis=tuple(range(leaf.batch_axes + 1, both.ndim)))
-        mu, nu, held, direction = new.mu, new.nu, new.offdiag, new.direction
+        mu, direction = new.mu.astype(arrays[1].dtype), new.direction
+        nu, *held = _kept((new.nu, *new.offdiag), arrays[2].dtype, batch, noise)
     else:
         own_names = shards.names[leaf.batch_axes :]
-        run = functools.partial(step, leaf.pattern, part, adam_eps=leaf.adam_eps, names=own_names)
+        run = functools.partial(
+            step, leaf.pattern, part, adam_eps=leaf.adam_eps, names=own_names, noise=noise
+        )
         mu, nu, held, direction, squares = lax.platform_dependent(
-            *(grad, mu, nu, held, s),
+            *(grad, mu, nu, tuple(held), s),
             tpu=run,
             default=functools.partial(run, interpret=True),
         )
@@ -325,6 +386,21 @@ def _on_a_device(
     if shards.cuts:
         squares = lax.psum(squares, shards.cuts)
     return mu, nu, *held, direction, squares
+
+
+def _kept(
+    arrays: Sequence[jax.Array], dtype: Any, batch: Sequence[int], noise: Noise | None
+) -> list[jax.Array]:
+    """Statistics as they are kept, of leaves with these batch axes."""
+    if noise is None or dtype != jnp.bfloat16:
+        return [x.astype(dtype) for x in arrays]
+    own = arrays[0].shape[len(batch) :]
+    starts = noise.starts.reshape(*batch, *(1 for _ in own))
+    index = starts + rounding.positions(own, noise.strides)
+    return [
+        rounding.round_by(rounding.bits(seeds, index), x)
+        for seeds, x in zip(noise.seeds, arrays, strict=True)
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -335,40 +411,53 @@ def one_pass(
     nu: jax.Array,
     offdiag: tuple[jax.Array, ...],
     scalars: Scalars,
+    seeds: jax.Array,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array, jax.Array]:
     """A step of a leaf, of which `placement.has_known_parts`.
 
     Args:
       leaf: its static facts.
-      grad: g, float32, of a shape that `cut` takes.
+      grad: g, of a shape that `cut` takes, float32 or bfloat16, as each of the arrays may be.
       mu: m, likewise.
       nu: d.
       offdiag: e, one array for each off-diagonal.
       scalars: decays, corrections, damping.
+      seeds: of the rounding of d and each e, (1 + band, 2); (0, 2): to nearest.
 
     Returns:
-      The new m, d and e, the direction u, and the sums of the squares of u and of w over each
-      chain, (batch axes..., 2).
+      The new m, d and e, of their dtypes, the direction u, and the sums of the squares of u and
+      of w over each chain, (batch axes..., 2), both float32.
     """
-    stacked = jnp.stack([jnp.asarray(x, grad.dtype) for x in scalars])
+    stacked = jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])
     arrays, ahead = [grad, mu, nu, *offdiag], leaf.batch_axes
     squares = placement.Follower((*grad.shape[:ahead], 2), (*range(ahead), None))
     mu, nu, *held, direction, sums = placement.on_each_part(
-        functools.partial(_on_a_device, leaf),
+        functools.partial(_on_a_device, leaf, grad.shape),
         grad,
         [*[placement.like(grad)] * len(arrays), squares],
         *[(x, placement.like(grad)) for x in arrays],
         (stacked, placement.Follower(stacked.shape, (None,))),
+        (seeds, placement.Follower(seeds.shape, (None, None))),
     )
     return mu, nu, tuple(held), direction, sums
 
 
-def _kernel(pattern: ModuleType, leaf: Cut, adam_eps: float | None, *refs: Any) -> None:
-    """Of a tile: ``refs`` are the scalars; g m d e; of each of these its borders; the results."""
+def _kernel(
+    pattern: ModuleType,
+    leaf: Cut,
+    adam_eps: float | None,
+    strides: tuple[int, ...] | None,
+    *refs: Any,
+) -> None:
+    """Of a tile: ``refs`` are numbers; g m d e; of each of these its borders; the results.
+
+    The numbers are the scalars and, with strides, seeds and starts of the noise.
+    """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    numbers, *arrays = refs
+    count = 1 if strides is None else 3
+    (numbers, *drawn), arrays = refs[:count], refs[count:]
     results, squares = arrays[-leaf.arrays - 1 : -1], arrays[-1]
     owns, borders = arrays[: leaf.arrays], arrays[leaf.arrays : -leaf.arrays - 1]
     s = Scalars(*(numbers[i] for i in range(len(Scalars._fields))))
@@ -381,13 +470,14 @@ def _kernel(pattern: ModuleType, leaf: Cut, adam_eps: float | None, *refs: Any) 
 
     def widened(i: int) -> jax.Array:
         """An array's rows, with those before and after."""
+        tile = owns[i][0].astype(jnp.float32)
         if not borders:
-            return owns[i][0]
+            return tile
         last, first, before, after = borders[4 * i : 4 * i + 4]
         return jnp.concatenate(
             [
                 jnp.where(place == 0, before[0], last[0, 0]),
-                owns[i][0],
+                tile,
                 jnp.where(place == tiles - 1, after[0], first[0, 0]),
             ],
             axis=0,
@@ -398,7 +488,22 @@ def _kernel(pattern: ModuleType, leaf: Cut, adam_eps: float | None, *refs: Any) 
     new = verbs(pattern, grad, mu, nu, tuple(offdiag), s, axes=axes)
     magnitude = new.magnitude(adam_eps)
     inside = slice(leaf.halo, leaf.halo + leaf.tile) if borders else slice(None)
-    for result, x in zip(results, (new.mu, new.nu, *new.offdiag, new.direction), strict=True):
-        result[0] = x[inside]
+    results[0][0] = new.mu[inside].astype(results[0].dtype)
+    results[-1][0] = new.direction[inside]
+    if strides is not None:
+        seeds, starts = drawn
+        sizes = owns[0].shape[1:]
+        at = [pl.program_id(1 + axis) * size for axis, size in enumerate(sizes)]
+        start = starts[pl.program_id(0)] + sum(
+            n.astype(jnp.uint32) * jnp.uint32(by % 2**32)
+            for n, by in zip(at, strides, strict=True)
+        )
+        index = rounding.positions(sizes, strides, start)
+    for i, (result, x) in enumerate(zip(results[1:-1], (new.nu, *new.offdiag), strict=True)):
+        if strides is None or result.dtype == jnp.float32:
+            result[0] = x[inside].astype(result.dtype)
+        else:
+            drawn_bits = rounding.bits([seeds[i, 0], seeds[i, 1]], index)
+            result[0] = rounding.round_by(drawn_bits, x[inside])
     for i, x in enumerate((new.direction[inside], magnitude[inside])):
         squares[0, 0, i] = jnp.sum(x * x, axis=0)
