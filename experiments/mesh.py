@@ -118,12 +118,6 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitting(mesh, names, x.shape))
 
 
-def platform() -> str:
-    """What a trace is for: of the mesh of ``jax.set_mesh``, whose devices need not be here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def whole(mesh: Mesh) -> NamedSharding:
     """A copy on each device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -91,7 +92,9 @@ def make(
             raise ValueError(
                 f'optimizer.schedules are of {sorted(arguments)}, got {unknown} for {name!r}.'
             )
-        factory = optax.inject_hyperparams(factory, static_args=set(parameters) - set(schedules))
+        # In bfloat16, a parameter's dtype, b2 = 0.999 would be 1.
+        static = set(parameters) - set(schedules)
+        factory = optax.inject_hyperparams(factory, static, hyperparam_dtype=jnp.float32)
     try:
         for key, ends in schedules.items():
             arguments[key] = optax.linear_schedule(*ends, num_steps)

@@ -2,7 +2,8 @@
 
 XLA multiplies bfloat16 arrays on CPUs as float32 ones, unless the product is to be float32: then
 it takes what the processor has for them (AMX). So there a product is asked for in float32 and
-rounded, to the precision of TPUs and GPUs, which sum in float32 too.
+rounded, to the precision of TPUs and GPUs, which sum in float32 too. Such a product has no forward
+mode (``jax.jvp``).
 """
 
 import functools
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import mesh
+from precond_optax import placement
 
 
 def einsum(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
@@ -31,7 +32,7 @@ def einsum(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.
       >>> einsum('bi,io->bo', jnp.ones((2, 3)), jnp.ones((3, 4))).shape
       (2, 4)
     """
-    if x.dtype == y.dtype == jnp.bfloat16 and mesh.platform() == 'cpu':
+    if x.dtype == y.dtype == jnp.bfloat16 and placement.platform() == 'cpu':
         return _product(equation, jnp.dtype(dtype or x.dtype), x, y)
     return jnp.einsum(equation, x, y, preferred_element_type=dtype)
 
@@ -40,7 +41,7 @@ def einsum(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.
 def _product(equation: str, dtype: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     first, second, out = _letters(equation)
     if len(first) == len(second) == 2 and first[0] == second[0] and len(x) % 2 == 0:
-        # XLA 0.10 leaves the matrix units out where this is the only letter that is summed over.
+        # jaxlib 0.10 takes no matrix units where this is the only letter that is summed over.
         x, y = (array.reshape(2, -1, array.shape[1]) for array in (x, y))
         equation = f'...{first},...{second}->{out}'
         other = next(letter for letter in 'xyz' if letter not in equation)

@@ -122,7 +122,8 @@ def compile_step(tx: optax.GradientTransformation, params: Any) -> jax.stages.Co
         jax.eval_shape(tx.init, params),
         precond_optax.state_sharding(tx, params),
     )
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):  # so a trace knows the platform
+        return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
 
 
 @dataclasses.dataclass(frozen=True)

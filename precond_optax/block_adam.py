@@ -162,7 +162,7 @@ def scale_by_block_adam(  # noqa: D417 (its arguments are those of `block_adam`)
         layout=layout,
         stochastic=('second_moment',) if stochastic_rounding else (),
         gathered={'failed_roots': True},
-        one_by_one='failed_roots' if matrix_root.batches_can_deadlock() else None,
+        one_by_one='failed_roots',
         graft=grafting.standalone(graft, b1, b2, layout),
         describe=describe,
         axes=axes_of,

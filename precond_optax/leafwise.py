@@ -197,7 +197,8 @@ def leafwise(
       gathered: fields with one number for each leaf, and whether they are kept: a float32 vector
         in the order of the leaves, or ``optax.MaskedNode()``.
       one_by_one: a gathered field whose number, never negative, a leaf waits for before the next
-        one begins. None: the compiler may do several leaves at once.
+        one begins, where batched decompositions `matrix_root.batches_can_deadlock`. None: the
+        compiler may do several leaves at once.
       whole: what the method does for the tree as a whole. None: leaves know nothing of each other.
       graft: the grafting rule; its updates reach ``update_leaf``. None: the gradient does.
       describe: what a leaf gets, for `plan`.

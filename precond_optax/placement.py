@@ -2,7 +2,8 @@
 
 ``axes`` names, for each axis of such an array, the parameter's axis that it belongs to; None for
 one that belongs to none, such as the rows of a basis. Where the number of devices along the
-parameter's axis does not divide the array's, such as a few blocks of many rows, it is whole.
+parameter's axis does not divide the array's, such as a few blocks of many rows, it is whole, or
+divided by the first of the mesh's axes that lie along the parameter's.
 
 A tuple names further axes of the parameter after that one. Devices along these, which would all
 hold the same, divide what the array's axis has left, as far as that goes.
@@ -65,7 +66,9 @@ def along(sharding: Sharding, ndim: int, follower: Follower) -> Sharding:
     spec: list[tuple[str, ...]] = []
     for size, axes in zip(follower.shape, belongs, strict=True):
         own = names[axes[0]] if axes else ()
-        spec.append(own if size % parts(own) == 0 else ())
+        while size % parts(own):  # by fewer devices rather than by none
+            own = own[:-1]
+        spec.append(own)
     taken = {name for own in spec for name in own}
     for position, axes in enumerate(belongs):
         for name in (name for axis in axes[1:] for name in names[axis]):
@@ -75,6 +78,17 @@ def along(sharding: Sharding, ndim: int, follower: Follower) -> Sharding:
                 taken.add(name)
     parts_of = [own[0] if len(own) == 1 else own or None for own in spec]
     return NamedSharding(sharding.mesh, PartitionSpec(*parts_of), memory_kind=sharding.memory_kind)
+
+
+def platform() -> str:
+    """What a trace is for: the platform of ``jax.set_mesh``'s mesh, which need not be here.
+
+    Example:
+      >>> platform() == jax.default_backend()
+      True
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _sharding(leaf: Any) -> Sharding | None:

@@ -154,7 +154,7 @@ def scale_by_shampoo(  # noqa: D417 (its arguments are those of `shampoo`)
         stacked={'statistics': kronecker.AXES, 'roots': kronecker.AXES},
         stochastic=('statistics',) if stochastic_rounding else (),
         gathered={'failed_roots': True},
-        one_by_one='failed_roots' if matrix_root.batches_can_deadlock() else None,
+        one_by_one='failed_roots',
         graft=grafting.standalone(graft, b1, b2, layout),
         describe=cut.describe,
         axes=axes_of,
@@ -266,7 +266,8 @@ def shampoo(
       eps: added to the second moments, in units of the largest eigenvalue of each, >= 0.
       nesterov: whether the mean looks one step ahead, as in ``optax.nadam``.
       block_size: entries of a block along each axis, >= 1; the last block of an axis may have
-        fewer. With ``optax.inject_hyperparams`` all floats may be traced; name the integers
+        fewer. Devices along an axis that do not divide its blocks all hold what belongs to them.
+        With ``optax.inject_hyperparams`` all floats may be traced; name the integers
         block_size, update_every and max_dim in ``static_args``, and there also what you give of
         dtypes, layout functions or masks.
       update_every: steps between two roots of a leaf, >= 1. The first is taken in the first step;

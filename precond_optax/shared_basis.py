@@ -239,7 +239,7 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
         layout=layout,
         stochastic=('coefficients',) if stochastic_rounding else (),
         gathered={'failed_roots': True},
-        one_by_one='failed_roots' if matrix_root.batches_can_deadlock() else None,
+        one_by_one='failed_roots',
         graft=grafting.standalone(graft, b1, b2, layout),
         describe=describe,
         axes=axes_of,

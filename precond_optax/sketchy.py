@@ -156,7 +156,7 @@ def scale_by_sketchy(  # noqa: D417 (its arguments are those of `sketchy`)
         layout=layout,
         stacked=dict.fromkeys(_SKETCH, kronecker.AXES),
         gathered={'failed_roots': True},
-        one_by_one='failed_roots' if matrix_root.batches_can_deadlock() else None,
+        one_by_one='failed_roots',
         graft=grafting.standalone(graft, b1, b2, layout),
         describe=lambda facts: cut.describe(facts, f', sketches of rank {rank_of(facts)}'),
         axes=axes_of,
@@ -270,7 +270,8 @@ def sketchy(
       nesterov: whether the mean looks one step ahead, as in ``optax.nadam``.
       rank: k, >= 1; no more than a block has entries along the axis.
       block_size: entries of a block along each axis, >= 1; the last block of an axis may have
-        fewer. With ``optax.inject_hyperparams`` all floats may be traced; name the integers rank,
+        fewer. Devices along an axis that do not divide its blocks all hold what belongs to them.
+        With ``optax.inject_hyperparams`` all floats may be traced; name the integers rank,
         block_size, update_every and max_dim in ``static_args``, and there also what you give of
         dtypes, layout functions or masks.
       update_every: steps between two updates of a leaf's sketches, >= 1. The first is in the first

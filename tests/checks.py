@@ -184,6 +184,18 @@ def injected_hyperparameters_give_the_same(case: Case):
         assert name in state.hyperparams, f'{name} is not traced'
 
 
+def injected_hyperparameters_may_be_wider_than_parameters(case: Case):
+    """Optax casts them to the parameters' dtype unless told otherwise: b2=0.999 would be 1."""
+    params = random_tree(0, 'bfloat16', shapes=FEW)
+    plain, _ = run(case.make(), params)
+    wide = optax.inject_hyperparams(
+        case.factory, static_args=case.static_args, hyperparam_dtype=jnp.float32
+    )
+    updates, _ = run(wide(learning_rate=case.learning_rate, **case.keywords), params)
+    scale = max(float(jnp.max(jnp.abs(u))) for u in jax.tree.leaves(plain))
+    assert_close(updates, plain, rtol=2**-5, atol=scale * 2**-6)
+
+
 def schedule_equals_constant(case: Case):
     params = random_tree(0, shapes=FEW)
     schedule = optax.constant_schedule(case.learning_rate)

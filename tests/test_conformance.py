@@ -152,6 +152,7 @@ BROKEN = {
     'init_takes_shapes_alone': broken(needs_arrays),
     'map_params_reaches_the_state': broken(holds_ones_that_are_no_parameters),
     'injected_hyperparameters_give_the_same': row(with_its_own_b2),
+    'injected_hyperparameters_may_be_wider_than_parameters': row(with_its_own_b2),
     'schedule_equals_constant': broken(drops_schedules),
     'multi_steps_is_one_step_on_the_mean': broken(counts_its_traces),
     'masked_and_partitioned_leaves_are_left_alone': broken(after(counts_the_leaves_of_others)),

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from precond_optax import placement
+
 # Of the power iteration for the smallest eigenvalue by Newton-Schulz.
 EIGENVALUE_STEPS, SQUARINGS = 8, 3
 _NEWTON_SCHULZ_TOLERANCE = 0.1  # of its error, above which a root has failed
@@ -37,7 +39,7 @@ def batches_can_deadlock() -> bool:
     they run themselves, and wait: as many of them at once as there are threads never end. Later
     versions do the batch in the thread they are in.
     """
-    return jax.__version_info__ < (0, 11) and jax.default_backend() == 'cpu'
+    return jax.__version_info__ < (0, 11) and placement.platform() == 'cpu'
 
 
 def trace(matrices: jax.Array) -> jax.Array:

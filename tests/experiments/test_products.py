@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
-from experiments import mesh, products
+from experiments import products
+from precond_optax import placement
 
 SIZES = dict(b=4, t=6, d=5, n=3, h=2, i=7, o=8)
 EQUATIONS = (
@@ -77,18 +77,6 @@ def test_only_bfloat16_on_cpus_asks_for_float32(monkeypatch):
     assert wide == every > 0
     x, y, _ = arrays('bi,io->bo', 'bfloat16')
     plain = jax.make_jaxpr(lambda x, y: jnp.einsum('bi,io->bo', x, y))(x, y)
-    monkeypatch.setattr(mesh, 'platform', lambda: 'tpu')
+    monkeypatch.setattr(placement, 'platform', lambda: 'tpu')
     found = jax.make_jaxpr(lambda x, y: products.einsum('bi,io->bo', x, y))(x, y)
     assert str(found) == str(plain)
-
-
-def test_what_a_trace_is_for():
-    """The mesh's devices, or the process' own."""
-    assert mesh.platform() == 'cpu'
-    of_cpus = jax.make_mesh((1,), ('data',), (AxisType.Auto,))
-    with jax.set_mesh(of_cpus):
-        assert mesh.platform() == 'cpu'
-    described = jax.sharding.AbstractDevice('TPU v5e', num_cores=1, platform='tpu')
-    of_tpus = jax.sharding.AbstractMesh((1,), ('data',), abstract_device=described)
-    with jax.sharding.use_abstract_mesh(of_tpus):
-        assert mesh.platform() == 'tpu'
