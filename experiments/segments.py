@@ -202,5 +202,6 @@ class _Streamed:
             watch.dispatched(told['loss'], 1)
             steps.append(told)
         self._at = at + length
+        watch.finish()  # before reading, which waits for the last steps all at once
         numbers = jax.device_get(steps)
         return carry, {name: np.stack([told[name] for told in numbers]) for name in numbers[0]}

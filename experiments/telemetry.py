@@ -44,6 +44,8 @@ PEAK_FLOPS: Mapping[str, float] = {
     'NVIDIA H100 80GB HBM3': 989.4e12,
     'NVIDIA H200': 989.4e12,
 }
+# Fields of an optimizer's config: the steps from one root or refresh of a leaf to its next.
+PERIODS = ('root_every', 'update_every')
 AHEAD = 2  # steps that the device has before it while the host waits for one
 
 
@@ -174,14 +176,26 @@ def rates(task: Any, devices: int, options: Options, times: list[float]) -> dict
     return row
 
 
-def optimizer_seconds(tx: optax.GradientTransformation, carry: Any, repeats: int = 10) -> float:
-    """The seconds of an update alone, ``apply_updates`` included: the mean of some that follow.
+def period(optimizer_config: Mapping[str, Any]) -> int:
+    """In how many steps an optimizer does all its work once, by its config.
+
+    Example:
+      >>> period({'name': 'mbag', 'root_every': 50}), period({'name': 'adam'})
+      (50, 1)
+    """
+    return max(optimizer_config.get(name, 1) for name in PERIODS)
+
+
+def optimizer_seconds(tx: optax.GradientTransformation, carry: Any, period: int = 1) -> float:
+    """The seconds of an update alone, ``apply_updates`` included: the mean of ten or more.
 
     On copies of the parameters and the state, which must fit beside them, with gradients that are
-    the parameters scaled down: so methods with periodic work do it as often as in a run, if
-    ``repeats`` is as long as a period. Compiled alone, it reads the gradients from memory; in the
-    whole step the compiler may overlap it with the backward pass, so its share is an upper bound.
+    the parameters scaled down. They are whole periods, so methods with periodic work do it as
+    often as in a run. Compiled alone, it reads the gradients from memory; in the whole step the
+    compiler may overlap it with the backward pass, so its share is rather too large than too
+    small.
     """
+    repeats = -(-10 // period) * period
     tx = optax.with_extra_args_support(tx)
     places = jax.tree.map(lambda x: x.sharding, (carry.params, carry.opt_state))
 
@@ -225,9 +239,9 @@ class Telemetry:
             self._board = tensorboardX.SummaryWriter(str(folder / 'tensorboard'))
         self._optimizer: float | None = None
 
-    def measure(self, tx: optax.GradientTransformation, carry: Any) -> None:
+    def measure(self, tx: optax.GradientTransformation, carry: Any, period: int = 1) -> None:
         """Measures the optimizer alone, see `optimizer_seconds`."""
-        self._optimizer = optimizer_seconds(tx, carry)
+        self._optimizer = optimizer_seconds(tx, carry, period)
 
     def rates(self) -> dict[str, Any]:
         """What a log line says of the speed of the steps since the watch was started."""

@@ -17,7 +17,7 @@ def get_config() -> config_dict.ConfigDict:
                 b1=dict(low=0.02, high=0.2, one_minus=True),
                 b2=dict(low=0.002, high=0.2, one_minus=True),
                 eps=dict(low=1e-9, high=1e-4),
-                weight_decay=dict(low=1e-6, high=1e-2),
+                weight_decay=dict(low=1e-6, high=0.3),
             ),
         )
     )

@@ -128,7 +128,9 @@ def get_config(size: str = 'tiny') -> config_dict.ConfigDict:
         # Data.
         source='text',  # text: the files below; tfds; or synthetic
         files=('text/books/*.txt',),  # below --data_dir: files, folders of *.txt, or patterns
-        validation_fraction=0.02,  # of each file: its end; and of TFDS's where it has one split
+        # Of each file, its end; of more than 1 / 0.02 files, whole ones. Likewise of TFDS's
+        # documents where it has one split.
+        validation_fraction=0.02,
         tfds_name='tiny_shakespeare',  # or c4/en, lm1b, ...: its builder and config
         tfds_splits=('train', 'validation'),  # lm1b has 'test'; 'train[:1%]' is a part
         tokenizer='bytes',  # or sentencepiece
@@ -139,13 +141,13 @@ def get_config(size: str = 'tiny') -> config_dict.ConfigDict:
         qk_norm=True,  # RMSNorm of queries and keys
         mask_documents=False,  # no attention across the ends of documents
         rotary_base=10_000.0,
-        attention='auto',  # xla; cudnn; auto: cudnn where it is there, else xla
+        attention='auto',  # xla; cudnn; auto: cudnn where it is there and can, else xla
         remat='none',  # full: nothing of a layer is kept; dots: its products with parameters
         compute_dtype='bfloat16',
         param_dtype='float32',  # the master weights
         # Training.
         batch_size=8,  # rows of a step, on all devices and in all accumulated parts
-        accumulation=1,  # parts of a batch, one after the other
+        accumulation=1,  # parts of a batch, one after the other, in evaluations too
         steps=200,
         warmup_steps=20,  # linear
         decay='cosine',  # or linear, or constant; after the warm-up

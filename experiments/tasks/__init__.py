@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import inspect
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -130,8 +132,13 @@ class Task:
         return self.epochs * self.steps_per_epoch
 
 
-def make(config: Mapping[str, Any], data_dir: str | None) -> Task:
+def make(
+    config: Mapping[str, Any], data_dir: str | None, workdir: str | pathlib.Path | None = None
+) -> Task:
     """The task that a config describes.
+
+    A ``make_task`` that has artifacts may take ``workdir`` too, the folder of a run that goes on:
+    for what it would else make again.
 
     Raises:
       ValueError: if the name is unknown.
@@ -140,4 +147,7 @@ def make(config: Mapping[str, Any], data_dir: str | None) -> Task:
     name = config.get('name')
     if name not in _MODULES:
         raise ValueError(f'task.name must be one of {sorted(_MODULES)}, got {name!r}.')
-    return importlib.import_module(_MODULES[name]).make_task(config, data_dir)
+    make_task = importlib.import_module(_MODULES[name]).make_task
+    if 'workdir' in inspect.signature(make_task).parameters:
+        return make_task(config, data_dir, workdir)
+    return make_task(config, data_dir)

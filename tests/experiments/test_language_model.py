@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -227,7 +228,18 @@ def test_attention_s_implementation(monkeypatch):
     chosen = model._implementation
     assert chosen(changed(compute_dtype=half, width=64)) == 'xla'
     assert chosen(changed(attention='cudnn')) == 'cudnn'
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+
+    def device(capability):
+        gpu = types.SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, 'devices', lambda: [gpu])
+
+    for capability in ('7.5', 'gfx942'):
+        device(capability)
+        assert chosen(changed(compute_dtype=half, width=64)) == 'xla'
+        assert chosen(changed(attention='cudnn')) == 'cudnn'
+    for capability in ('12.0', '8.0'):
+        device(capability)
+        assert chosen(changed(compute_dtype=half, width=64)) == 'cudnn'
     assert chosen(changed(compute_dtype=half, width=64)) == 'cudnn'
     assert chosen(changed(compute_dtype=half, width=64, attention='xla')) == 'xla'
     assert chosen(changed(width=64)) == 'xla'

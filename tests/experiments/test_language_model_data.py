@@ -1,7 +1,7 @@
 """The language model's data: text, tokens, rows, batches."""
 
 import collections
-import importlib.util
+import io
 import math
 
 import hypothesis
@@ -11,8 +11,7 @@ import pytest
 
 from experiments.tasks.language_model import batches, reading, tokens
 
-if importlib.util.find_spec('sentencepiece') is None:
-    pytest.skip('sentencepiece is not installed', allow_module_level=True)
+sentencepiece = pytest.importorskip('sentencepiece')
 
 SYNTHETIC = reading.load('synthetic', validation_fraction=0.05)
 SIZE = 320  # tokens of a model that is trained on it
@@ -47,6 +46,29 @@ def test_files(tmp_path):
     assert found.train[0] + found.validation[0] == 'a\r\n' + 'a' * 7
 
 
+@hypothesis.given(count=st.integers(1, 130), part=st.integers(2, 40))
+def test_of_many_documents_whole_ones_are_held_out(count, part):
+    """Evenly apart, one in so many; of few the end of each."""
+    documents = tuple(f'{i:040}' for i in range(count))
+    train, validation = reading._held_out(documents, 1 / part)
+    if count <= part:
+        pairs = zip(train, validation, strict=True)
+        assert [first + second for first, second in pairs] == list(documents)
+        return
+    assert sorted(train + validation) == list(documents)
+    assert len(validation) == round(count / part)
+    numbers = [int(text) for text in validation]
+    ends = [-numbers[0] - 1, *numbers, 2 * count - 1 - numbers[-1]]  # as if it went on, mirrored
+    distances = np.diff(ends)
+    assert np.ptp(distances) <= 2
+    assert part / 2 <= min(distances)
+    assert train == tuple(sorted(train))
+
+
+def test_some_documents_stay_for_training():
+    assert reading._held_out(('ab', 'cd', 'ef'), 0.99) == (('cd',), ('ab', 'ef'))
+
+
 @pytest.mark.parametrize(
     ('files', 'message'),
     [
@@ -70,7 +92,7 @@ def test_files_without_text(tmp_path):
 
 
 def test_tfds(monkeypatch, tmp_path):
-    """Two splits as they are, or one that is cut; texts are bytes, empty ones are left out."""
+    """Two splits as they are, or one for both; texts are bytes, empty ones are left out."""
     import tensorflow_datasets as tfds
 
     asked = []
@@ -88,6 +110,8 @@ def test_tfds(monkeypatch, tmp_path):
     assert asked == [('lm1b', split, where, False) for split in ('train', 'test')]
     cut = reading.load('tfds', (), 0.2, 'lm1b', ('train',), str(tmp_path))
     assert cut == (('abcdefgh',), ('ij',))
+    whole = reading.load('tfds', (), 0.6, 'lm1b', ('test',), str(tmp_path))
+    assert whole == (('xyz',), ('été',))
 
 
 def test_tfds_that_is_not_prepared(tmp_path):
@@ -138,7 +162,7 @@ def test_encoding_hangs_on_no_part_of_a_text(pieces, monkeypatch):
 
 
 def test_training_twice_gives_the_same_bytes(pieces):
-    """So a resumed run, which trains again, has the same tokens. Long lines are cut."""
+    """So all processes of a run have the same tokens. Long lines are cut."""
     assert tokens.train(SYNTHETIC.train, SIZE) == pieces.model
     one_line = [' '.join(text.split()) * 20 for text in SYNTHETIC.train[:2]]
     assert tokens.train(one_line, 300) == tokens.train(one_line, 300)
@@ -154,6 +178,59 @@ def test_a_model_from_a_file(pieces, tmp_path):
         tokens.make('sentencepiece', SIZE, str(tmp_path / 'none'), ())
     with pytest.raises(ValueError, match=f'task.vocab_size must be at least {SIZE}, .* got 300'):
         tokens.make('sentencepiece', 300, str(file), ())
+
+
+def test_a_kept_model_is_not_trained_again(pieces, monkeypatch, tmp_path):
+    """And one from a file must be it."""
+    monkeypatch.setattr(tokens, 'train', lambda *_: pytest.fail('trained again'))
+    made = tokens.make('sentencepiece', SIZE, '', ('other texts',), pieces.model)
+    assert made.model == pieces.model
+    same, other = tmp_path / 'same.model', tmp_path / 'other.model'
+    same.write_bytes(pieces.model)
+    assert tokens.make('sentencepiece', SIZE, str(same), (), pieces.model).model == pieces.model
+    other.write_bytes(b'another')
+    with pytest.raises(ValueError, match=r'other.model is not the model that the run began with'):
+        tokens.make('sentencepiece', SIZE, str(other), (), pieces.model)
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(add_dummy_prefix=True),
+        dict(remove_extra_whitespaces=True),
+        dict(normalization_rule_name='nmt_nfkc'),
+        dict(byte_fallback=False, vocab_size=100),
+        {},
+    ],
+)
+def test_a_model_that_loses_bytes_is_refused(changes):
+    """The bits per byte of its tokens would be wrong; the last one here is as ours are."""
+    model = io.BytesIO()
+    keywords = dict(
+        normalization_rule_name='identity',
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        eos_id=1,
+        unk_id=0,
+        bos_id=-1,
+        vocab_size=290,
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SYNTHETIC.train[0].split('\n')),
+        model_writer=model,
+        model_type='bpe',
+        minloglevel=2,
+        **(keywords | changes),
+    )
+    tokenizer, text = tokens.SentencePiece(model.getvalue()), 'ab  ﬁ \u2581 cd'
+    if not changes:
+        assert tokenizer.num_bytes[tokenizer.encode(text)].sum() == len(text.encode()) - 2
+        return
+    with pytest.raises(
+        ValueError, match=r'keeps texts as they are, trained with byte_fallback=true'
+    ):
+        tokenizer.encode(text)
 
 
 # Rows and batches.

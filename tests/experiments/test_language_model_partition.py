@@ -17,11 +17,19 @@ from experiments import mesh, optimizers
 from experiments.tasks import language_model as task
 from experiments.tasks.language_model import loss, model
 from tests import compiled
-from tests.experiments.small import config_of
+from tests.experiments.small import ROOT, config_of
 
 
 def of(name, **changes):
     return dataclasses.replace(task.sizes(config.get_config(name)), **changes)
+
+
+def test_lines_for_launching_cut_no_head():
+    """Of the largest size: a tensor axis that does not divide the heads leaves them whole."""
+    text = (ROOT / 'experiments/LAUNCH.md').read_text()
+    parts = {int(number) for number in re.findall(r'--mesh=\S*,(\d+)', text)}
+    assert parts >= {1, 4}
+    assert all(of('1b').heads % number == of('1b').kv_heads % number == 0 for number in parts)
 
 
 # Layout.

@@ -9,7 +9,7 @@ import pytest
 from configs.tasks import language_model as config
 from experiments import program, report, segments, tasks, telemetry, train
 from experiments.tasks import language_model as task_lib
-from experiments.tasks.language_model import batches, model, reading, tokens
+from experiments.tasks.language_model import batches, loss, model, reading, tokens
 from tests.experiments.small import config_of, lines, small_task, without_clock
 from tests.experiments.test_drivers import main
 from tests.experiments.test_language_model_data import SIZE, folder_of
@@ -74,6 +74,39 @@ def test_evaluation_is_that_of_all_rows():
     assert task.loss(params, batch) > found['train_loss'] + 0.1 * 20, 'z-loss is in the loss'
 
 
+@pytest.mark.parametrize('count', [0, 1, 2])
+def test_evaluation_in_microbatches_is_that_of_whole_batches(count, monkeypatch):
+    """The same rows, and no more of them at once than in a step of training."""
+    rows, found = [], []
+    real = loss.sums
+
+    def sums(logits, *args):
+        rows.append(logits.shape[0])
+        return real(logits, *args)
+
+    monkeypatch.setattr(loss, 'sums', sums)
+    for accumulation in (1, 4):
+        task = tasks.make(lm(evaluate_batches=count, accumulation=accumulation), None)
+        found.append(task.evaluate(task.init(jax.random.key(3))))
+    assert rows == [64, 16]
+    for name, value in found[0].items():
+        assert float(found[1][name]) == pytest.approx(float(value), rel=1e-5), name
+
+
+def test_a_run_that_goes_on_has_its_tokenizer(monkeypatch, tmp_path):
+    made = lm(tokenizer='sentencepiece', vocab_size=SIZE)
+    first = task_lib.make_task(made, None, tmp_path)
+    (tmp_path / 'tokenizer.model').write_bytes(first.artifacts['tokenizer.model'])
+    tokens.make.cache_clear()
+    monkeypatch.setattr(tokens, 'train', lambda *_: pytest.fail('trained again'))
+    assert task_lib.make_task(made, None, tmp_path).artifacts == first.artifacts
+    other = tmp_path / 'other.model'
+    other.write_bytes(b'another')
+    made.tokenizer_path = str(other)
+    with pytest.raises(ValueError, match=r'other.model is not the model that the run began with'):
+        task_lib.make_task(made, None, tmp_path)
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
@@ -90,6 +123,7 @@ def test_evaluation_is_that_of_all_rows():
         (dict(tokenizer='sentencepiece', vocab_size=99_999), r'model with .*=99999 .*too high'),
         (dict(heads=3), 'task.width must be an even multiple of task.heads, .* got 8, 3 and 1'),
         (dict(kv_heads=3), 'task.heads a multiple of task.kv_heads, got 8, 2 and 3'),
+        (dict(accumulation=3), 'task.batch_size must be a multiple of .*, got 64 and 3'),
         (dict(batch_size=0), 'task.batch_size must be an integer >= 1, got 0'),
         (dict(steps=0), 'task.steps must be an integer >= 1, got 0'),
         (dict(evaluate_batches=-1), 'task.evaluate_batches must be an integer >= 0, got -1'),
@@ -130,12 +164,25 @@ def test_resumed_run_is_the_same_bit_for_bit(whole, tmp_path):
     assert without_clock(lines(tmp_path)) == without_clock(lines(folder))
 
 
+def test_a_resumed_run_does_not_train_its_tokenizer_again(monkeypatch, tmp_path):
+    made, adam = lm(tokenizer='sentencepiece', vocab_size=SIZE), config_of('optimizers', 'adam')
+    train.train_and_evaluate(made, adam, tmp_path, progress=False, stop_after=2)
+    tokens.make.cache_clear()
+    monkeypatch.setattr(tokens, 'train', lambda *_: pytest.fail('trained again'))
+    assert 'validation_loss' in train.train_and_evaluate(made, adam, tmp_path, progress=False)
+
+
 def test_what_a_run_tells(whole):
     _, folder, summary = whole
     assert summary['tokens_seen'] == 6 * 8 * 8
     assert summary['passes'] == pytest.approx(384 / summary['train_tokens'])
     assert [row['step'] for row in lines(folder) if 'validation_loss' in row] == [2, 4, 6]
     assert lines(folder)[-1]['validation_loss'] == summary['validation_loss']
+
+
+def test_adamw_s_search_has_the_decays_of_language_models():
+    axis = config_of('optimizers', 'adamw').search_space.weight_decay
+    assert axis.low < 0.01 < 0.1 < axis.high
 
 
 def test_loss_falls(tmp_path):

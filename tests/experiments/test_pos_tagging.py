@@ -353,7 +353,7 @@ def test_bad_config(changes, message, tmp_path):
 
 
 def test_tfds(monkeypatch, tmp_path):
-    """What TFDS's builder gives: bytes, class labels, and rows of multiword tokens."""
+    """What TFDS's builder gives: bytes, class labels, and multiword tokens and empty nodes."""
     import tensorflow_datasets as tfds
 
     asked = []
@@ -365,8 +365,16 @@ def test_tfds(monkeypatch, tmp_path):
 
     def data_source(name, **keywords):
         asked.append((name, keywords['split'], keywords['data_dir'], keywords['download']))
-        example = dict(tokens=[b'ab', b'a', b'b'], xpos=[b'_', b'n', b'v'], upos=[0, 1, 2])
         return Prepared([example])
+
+    # As in CoNLL-U: 1-2 ab, 1 a, 1.1 x, 2 b.
+    example = dict(
+        idx=b's1',
+        tokens=[b'ab', b'a', b'x', b'b'],
+        xpos=[b'None', b'n', b'v', b'v'],
+        upos=[0, 1, 2, 2],
+        head=[b'None', b'0', b'_', b'1'],
+    )
 
     monkeypatch.setattr(tfds, 'data_source', data_source)
     found = reading.load('tfds', 'upos', (), 'grc_perseus', str(tmp_path))
@@ -374,6 +382,15 @@ def test_tfds(monkeypatch, tmp_path):
     assert reading.load('tfds', 'xpos', (), 'grc_perseus', None).dev[0].tags == ('n', 'v')
     name = 'universal_dependencies/grc_perseus'
     assert asked[:3] == [(name, split, str(tmp_path), False) for split in ('train', 'dev', 'test')]
+    for tags, changes, message in (
+        ('xpos', dict(xpos=[b'None', b'n', b'v', b'None']), "train, sentence s1: 'b' has no XPOS"),
+        ('upos', dict(upos=[0, 0, 2, 2]), "train, sentence s1: 'a' has no UPOS; see task.tags"),
+        ('upos', dict(head=[b'None'] * 4), 'train, sentence s1: a sentence without words'),
+    ):
+        wrong = Prepared([example | changes])
+        monkeypatch.setattr(tfds, 'data_source', lambda *_, wrong=wrong, **__: wrong)
+        with pytest.raises(ValueError, match=message):
+            reading.load('tfds', tags, (), 'grc_perseus', str(tmp_path / 'other'))
 
 
 def test_tfds_that_is_not_prepared(tmp_path):

@@ -1,13 +1,15 @@
 """Speeds, the MFU, the optimizer's share, traces and TensorBoard."""
 
+import pathlib
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
-from experiments import main, tasks, telemetry, train
+from experiments import main, segments, tasks, telemetry, train
 from experiments.program import Carry
 from tests.experiments import stand_in
 from tests.experiments.small import config_of, lines
@@ -58,6 +60,31 @@ def test_times_are_those_of_the_ends_of_steps(monkeypatch):
     assert watch.times == [1.0] * 4
 
 
+def test_the_last_steps_of_a_segment_are_timed_one_by_one(monkeypatch):
+    """Also where they are read at once: each is ready a second after the one before."""
+    clock = [0.0]
+
+    def block(ready):
+        clock[0] = max(clock[0], ready)
+
+    def get(told):
+        block(told[-1]['loss'])
+        return told
+
+    monkeypatch.setattr(jax, 'block_until_ready', block)
+    monkeypatch.setattr(jax, 'device_get', get)
+    monkeypatch.setattr(time, 'perf_counter', lambda: clock[0])
+    stream = tasks.Stream(6, 6, (), lambda step: iter([{'x': np.zeros(2)}] * 6))
+    taking = segments._Streamed(stream, None, None)
+    taking._compiled[(2,),] = lambda carry, batch: (carry + 1, {'loss': carry + 1.0})
+    watch = telemetry.Watch()
+    watch.start()
+    _, told = taking(0, 0, 6, watch)
+    watch.finish()
+    assert told['loss'].tolist() == [1, 2, 3, 4, 5, 6]
+    assert watch.times == [1.0] * 6
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
@@ -83,8 +110,29 @@ def test_measuring_the_optimizer_leaves_the_run_alone():
     tx = optax.apply_if_finite(optax.adam(1e-3), 3)
     carry = Carry(params, tx.init(params), jnp.zeros([], jnp.int32))
     before = jax.device_get(carry)
-    assert telemetry.optimizer_seconds(tx, carry, repeats=2) > 0
+    assert telemetry.optimizer_seconds(tx, carry) > 0
     jax.tree.map(lambda a, b: (a == b).all() or pytest.fail('changed'), before, carry)
+
+
+@pytest.mark.parametrize(('name', 'updates'), [('adam', 10), ('block_adam', 12), ('mbag', 50)])
+def test_the_optimizer_is_measured_over_whole_periods(name, updates):
+    """MBAG's config has roots in every 50th step; the first update is to compile it."""
+    config = config_of('optimizers', name)
+    if name == 'block_adam':
+        config.root_every = 4
+    counts = []
+
+    def update(grads, state, params):
+        jax.debug.callback(lambda count: counts.append(int(count)), state)
+        return grads, state + 1
+
+    tx = optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
+    params = {'x': jnp.ones(3)}
+    measured = telemetry.Telemetry(None, 1, telemetry.Options(), pathlib.Path())
+    carry = Carry(params, tx.init(params), jnp.zeros([], jnp.int32))
+    measured.measure(tx, carry, telemetry.period(config))
+    jax.effects_barrier()
+    assert sorted(counts) == list(range(1 + updates))
 
 
 def test_a_run_with_all_of_it(tmp_path, monkeypatch):
@@ -93,14 +141,21 @@ def test_a_run_with_all_of_it(tmp_path, monkeypatch):
     options = telemetry.Options(
         peak_flops=1e9, measure_optimizer=True, tensorboard=True, profile=(2, 3)
     )
-    traced = []
+    traced, periods, real = [], [], telemetry.optimizer_seconds
+
+    def seconds(tx, carry, period):
+        periods.append(period)
+        return real(tx, carry, period)
+
+    monkeypatch.setattr(telemetry, 'optimizer_seconds', seconds)
     monkeypatch.setattr(jax.profiler, 'start_trace', lambda folder: traced.append(folder))
     monkeypatch.setattr(jax.profiler, 'stop_trace', lambda: traced.append('end'))
     config = stand_in.get_config()
     config.update(epochs=2, log_every=4)
     train.train_and_evaluate(
-        config, config_of('optimizers', 'adamw'), tmp_path, progress=False, options=options
+        config, config_of('optimizers', 'mbag'), tmp_path, progress=False, options=options
     )
+    assert periods == [50], "mbag's config has roots in every 50th step"
     assert traced == [str(tmp_path / 'profile'), 'end']
     rows = lines(tmp_path)
     assert [row['step'] for row in rows] == [4, 8]

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import tasks, train
+from experiments import workdir as workdir_lib
 from tests.experiments import stand_in
 from tests.experiments.small import ROOT, config_of, lines
 from tests.test_processes import free_port
@@ -147,6 +149,22 @@ def test_tagging_on_two_processes(tmp_path):
     one, two = (json.loads((tmp_path / f / 'summary.json').read_text()) for f in ('one', 'two'))
     assert two['dev_confusions'] == one['dev_confusions']
     assert two['at_best_dev'] == pytest.approx(one['at_best_dev'], rel=1e-4)
+
+
+@pytest.mark.parametrize('error', [ValueError('no'), OSError('disk full')])
+def test_others_are_told_whatever_the_first_process_raises(error, monkeypatch):
+    told = []
+
+    def action():
+        raise error
+
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(
+        workdir_lib.multihost_utils, 'broadcast_one_to_all', lambda x: told.append(bool(x))
+    )
+    with pytest.raises(type(error), match=str(error)):
+        workdir_lib._first_process(action)
+    assert told == [True]
 
 
 def test_processes_are_given_with_distributed():

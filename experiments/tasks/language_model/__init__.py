@@ -1,6 +1,7 @@
 """Language modelling: a decoder that says the next token of a text."""
 
 import math
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ LAYOUT = {
 
 _LEAST = dict(
     layers=1, width=1, heads=1, kv_heads=1, mlp=1, vocab_size=1, length=1, batch_size=1, steps=1,
-    evaluate_batches=0, evaluate_every_steps=1,
+    accumulation=1, evaluate_batches=0, evaluate_every_steps=1,
 )  # fmt: skip
 _SIZES = (
     'layers', 'width', 'heads', 'kv_heads', 'mlp', 'vocab_size', 'tied', 'qk_norm', 'rotary_base',
@@ -40,6 +41,11 @@ def _check(config: Mapping[str, Any]) -> None:
         value = config[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f'task.{name} must be an integer >= {low}, got {value!r}.')
+    if config['batch_size'] % config['accumulation']:
+        raise ValueError(
+            'task.batch_size must be a multiple of task.accumulation, got '
+            f'{config["batch_size"]} and {config["accumulation"]}.'
+        )
     width, heads, kv_heads = (config[name] for name in ('width', 'heads', 'kv_heads'))
     if width % (2 * heads) or heads % kv_heads:
         raise ValueError(
@@ -78,7 +84,9 @@ class Text(NamedTuple):
     validation: batches.Rows
 
 
-def _load(config: Mapping[str, Any], data_dir: str | None) -> Text:
+def _load(
+    config: Mapping[str, Any], data_dir: str | None, workdir: str | pathlib.Path | None
+) -> Text:
     documents = reading.load(
         config['source'],
         tuple(config['files']),
@@ -88,7 +96,9 @@ def _load(config: Mapping[str, Any], data_dir: str | None) -> Text:
         data_dir,
     )
     kind, path = config['tokenizer'], config['tokenizer_path']
-    tokenizer = tokens.make(kind, config['vocab_size'], path, documents.train)
+    file = None if workdir is None else pathlib.Path(workdir) / tokens.FILE
+    kept = file.read_bytes() if file and file.exists() else b''
+    tokenizer = tokens.make(kind, config['vocab_size'], path, documents.train, kept)
     rows = {
         split: batches.Rows(batches.pack(texts, tokenizer), config['length'], split)
         for split, texts in documents._asdict().items()
@@ -99,12 +109,15 @@ def _load(config: Mapping[str, Any], data_dir: str | None) -> Text:
 def _evaluation(
     config: Mapping[str, Any], logits: Callable[[Any, jax.Array], jax.Array], text: Text
 ) -> Callable[[Any, str], dict[str, jax.Array]]:
-    """A function from parameters and a split to its metrics, one batch's logits at a time."""
-    size, count = config['batch_size'], config['evaluate_batches']
+    """A function from parameters and a split to its metrics, one microbatch's logits at a time."""
+    size, count, parts = (
+        config[name] for name in ('batch_size', 'evaluate_batches', 'accumulation')
+    )
+    # As many of training, where 0 means all of the validation text.
+    counts = {'validation': count, 'train': count or -(-len(text.validation) // size)}
     held = {
-        'validation': batches.held(text.validation, size, count),
-        # As many, where that means all of the validation text.
-        'train': batches.held(text.train, size, count or -(-len(text.validation) // size)),
+        split: batches.held(getattr(text, split), size // parts, number * parts)
+        for split, number in counts.items()
     }
     num_bytes = text.tokenizer.num_bytes
 
@@ -124,11 +137,15 @@ def _evaluation(
     return metrics
 
 
-def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
+def make_task(
+    config: Mapping[str, Any],
+    data_dir: str | None,
+    workdir: str | pathlib.Path | None = None,
+) -> Task:
     """The task; see ``configs/tasks/language_model.py`` for the fields of ``config``.
 
     A run is given in steps, so it is one epoch of all of them, whatever passes over the text
-    that makes.
+    that makes. One that goes on has the tokenizer that its ``workdir`` holds.
     """
     _check(config)
     length, size, steps = config['length'], config['batch_size'], config['steps']
@@ -138,7 +155,7 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
         return loss.warmup_then_decay(peak, steps, *shape, anneal)
 
     schedule(1.0)  # raises what is wrong with it
-    text = _load(config, data_dir)
+    text = _load(config, data_dir, workdir)
     index, count = mesh.reader(config)
     source = batches.Source(
         text.train, size, steps, config['seed'], shard_index=index, shard_count=count

@@ -112,7 +112,11 @@ def _implementation(sizes: Sizes) -> Any:
     if sizes.attention != 'auto':
         return sizes.attention
     fits = sizes.compute_dtype == jnp.bfloat16 and sizes.head_dim % 8 == 0
-    return 'cudnn' if fits and sizes.head_dim <= 128 and jax.default_backend() == 'gpu' else 'xla'
+    # '9.0' on NVIDIA's, which need 8.0 for it; no number, or none at all, on what has no cuDNN.
+    capability = getattr(jax.devices()[0], 'compute_capability', '')
+    major = capability.partition('.')[0]
+    there = major.isdecimal() and int(major) >= 8
+    return 'cudnn' if fits and sizes.head_dim <= 128 and there else 'xla'
 
 
 class Attention(nnx.Module):

@@ -32,10 +32,11 @@ def load(
       source: 'text', 'tfds' or 'synthetic'.
       files: of 'text': files, folders (all ``*.txt`` in them) or patterns, below ``data_dir`` or
         with whole paths. Each file is a document; those of a folder or a pattern are sorted.
-      validation_fraction: of the characters of each document, the end that is held out; for
+      validation_fraction: of the characters of each document, the end that is held out; of more
+        than ``1 / validation_fraction`` documents, those that are, whole and evenly apart. For
         'tfds' only where there is one split.
       tfds_name: of 'tfds': a builder whose examples have a ``text``, with its config.
-      tfds_splits: those of training and of validation, or the one that is cut.
+      tfds_splits: those of training and of validation, or the one that has both.
       data_dir: where the data lie.
 
     Raises:
@@ -88,9 +89,16 @@ def _read(path: pathlib.Path) -> str:
 
 
 def _held_out(documents: tuple[str, ...], fraction: float) -> Documents:
-    """The beginnings and the ends of all documents."""
+    """Whole documents where there are many, so that none begins in the middle; else their ends."""
     if not 0 < fraction < 1:
         raise ValueError(f'task.validation_fraction must be in (0, 1), got {fraction!r}.')
+    if (number := len(documents)) > 1 / fraction:
+        count = min(round(fraction * number), number - 1)
+        held = set(((2 * np.arange(count) + 1) * number // (2 * count)).tolist())
+        return Documents(
+            tuple(text for i, text in enumerate(documents) if i not in held),
+            tuple(documents[i] for i in sorted(held)),
+        )
     cuts = [len(text) - round(fraction * len(text)) for text in documents]
     pairs = list(zip(documents, cuts, strict=True))
     train, validation = [text[:cut] for text, cut in pairs], [text[cut:] for text, cut in pairs]

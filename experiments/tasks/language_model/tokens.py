@@ -59,6 +59,10 @@ class SentencePiece:
 
     A text comes back as it was, to the byte, but for U+2581, SentencePiece's own sign for a
     space, which comes back as one.
+
+    Raises:
+      ValueError: if a model of another kind has no end of a sentence; by ``encode``, where the
+        pieces of a text are not as many bytes as it has: bits per byte would be wrong.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -88,7 +92,17 @@ class SentencePiece:
             for i in range(0, len(ended), _LINES)
             for tokens in self._processor.encode(ended[i : i + _LINES])
         ]
-        return np.concatenate(parts)
+        found = np.concatenate(parts)
+        counted = int(self.num_bytes[found].sum(dtype=np.int64))
+        size = len(text.replace('\u2581', ' ').encode('utf-8'))
+        if counted != size:
+            raise ValueError(
+                f'the SentencePiece model makes {counted} bytes of a text of {size}; one is '
+                'needed that keeps texts as they are, trained with byte_fallback=true, '
+                'add_dummy_prefix=false, remove_extra_whitespaces=false and '
+                'normalization_rule_name=identity; see task.tokenizer_path.'
+            )
+        return found
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in tokens])
@@ -139,17 +153,21 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
 
 
 @functools.cache  # a sweep trains one once
-def make(kind: str, size: int, path: str, documents: tuple[str, ...]) -> Tokenizer:
+def make(
+    kind: str, size: int, path: str, documents: tuple[str, ...], kept: bytes = b''
+) -> Tokenizer:
     """The tokenizer of a config.
 
     Args:
       kind: 'bytes' or 'sentencepiece'.
       size: the vocabulary of the model; a trained one has exactly as many tokens.
-      path: of a SentencePiece model. '': one is trained on the documents.
+      path: of a SentencePiece model. '': the one that is kept, or one is trained on the documents.
       documents: the texts of training.
+      kept: the SentencePiece model of a run that goes on.
 
     Raises:
-      ValueError: if the kind is unknown or the vocabulary too small.
+      ValueError: if the kind is unknown, the vocabulary too small, or the model of ``path`` not
+        the one that is kept.
       FileNotFoundError: if there is no such model.
     """
     tokenizer: Tokenizer
@@ -158,7 +176,11 @@ def make(kind: str, size: int, path: str, documents: tuple[str, ...]) -> Tokeniz
     elif kind == 'sentencepiece':
         if path and not pathlib.Path(path).is_file():
             raise FileNotFoundError(f'{path}: no such file, see task.tokenizer_path.')
-        model = pathlib.Path(path).read_bytes() if path else train(documents, size)
+        model = pathlib.Path(path).read_bytes() if path else kept or train(documents, size)
+        if kept and model != kept:
+            raise ValueError(
+                f'{path} is not the model that the run began with; the run cannot go on.'
+            )
         tokenizer = SentencePiece(model)
     else:
         raise ValueError(f'task.tokenizer must be one of {list(KINDS)}, got {kind!r}.')

@@ -12,6 +12,7 @@ COLUMNS = {'upos': 3, 'xpos': 4}  # of CoNLL-U, from 0
 SOURCES = ('conllu', 'synthetic', 'tfds')
 
 _NUM_COLUMNS = 10
+_MISSING = ('_', 'None')  # in CoNLL-U, and as TFDS's builder writes it
 
 
 class Sentence(NamedTuple):
@@ -52,7 +53,7 @@ def load(
 
     Raises:
       ValueError: if the source or the tags are unknown, or a file is not as it should be, with
-        the file and the line.
+        the file and the line; of TFDS the split and the sentence.
       FileNotFoundError: if a file is not there.
     """
     if tags not in COLUMNS:
@@ -147,17 +148,34 @@ def _read_tfds(config: str | None, split: str, tags: str, data_dir: str | None) 
         raise ValueError("source 'tfds' needs task.tfds_config, such as 'grc_perseus'.")
     source = prepared.data_source(f'universal_dependencies/{config}', split, data_dir)
     names = source.dataset_info.features['upos'].feature.names
-    return tuple(_from_tfds(example, tags, names) for example in source)
+    return tuple(_from_tfds(example, tags, names, split) for example in source)
 
 
-def _from_tfds(example: Any, tags: str, names: list[str]) -> Sentence:
-    """An example's words; the builder keeps the lines of multiword tokens, which have no tag."""
-    own = [
-        names[tag] if tags == 'upos' else (tag.decode() if isinstance(tag, bytes) else str(tag))
-        for tag in example[tags]
+def _from_tfds(example: Any, tags: str, names: list[str], split: str) -> Sentence:
+    """An example's words.
+
+    The builder keeps the lines of multiword tokens and of empty nodes, which alone have no head,
+    and writes what is missing as ``None``.
+
+    Raises:
+      ValueError: if a word has no tag of this kind, or there is no word.
+    """
+
+    def text(value: Any) -> str:
+        return value.decode() if isinstance(value, bytes) else str(value)
+
+    words, heads = map(text, example['tokens']), map(text, example['head'])
+    own = [names[tag] if tags == 'upos' else text(tag) for tag in example[tags]]
+    where = f'{split}, sentence {text(example["idx"])}'
+    rows = [
+        (word, tag)
+        for word, tag, head in zip(words, own, heads, strict=True)
+        if head not in _MISSING
     ]
-    words = [word.decode() if isinstance(word, bytes) else word for word in example['tokens']]
-    rows = [(word, tag) for word, tag in zip(words, own, strict=True) if tag not in ('_', 'None')]
+    if not rows:
+        raise ValueError(f'{where}: a sentence without words.')
+    if untagged := [word for word, tag in rows if tag in _MISSING]:
+        raise ValueError(f'{where}: {untagged[0]!r} has no {tags.upper()}; see task.tags.')
     return Sentence(*(tuple(part) for part in zip(*rows, strict=True)))
 
 
