@@ -6,10 +6,11 @@ JAX_PLATFORMS=cpu python -m experiments.step_cost --compile_for=v5e:2x2 [...]
 
 Whole steps are timed (update and apply_updates, parameters and state donated), one of each
 optimizer in turn, so that all see the same machine and none finds the caches as it left them;
-with --noin_turn all steps of one optimizer follow each other, in one turn. Each turn has new
-gradients: from the same ones over and over, the shared basis' matrices would have rank one, and
-their eigenproblems take less time. Medians are shown, the 10th and 90th percentiles, and the 99th:
-of fewer than 100 rounds, the slowest.
+with --noin_turn all steps of one optimizer follow each other, in one turn. Each turn has an order
+of its own, drawn from a seed: what the one before left behind falls on no optimizer more than on
+others. And it has new gradients: from the same ones over and over, the shared basis' matrices
+would have rank one, and their eigenproblems take less time. Medians are shown, the 10th and 90th
+percentiles, and the 99th: of fewer than 100 rounds, the slowest.
 
 A step at least reads parameters, gradients and state, and writes parameters and state. The time
 that this takes at the speed of a copy, measured in the same turns, is shown as a share of the
@@ -232,7 +233,7 @@ def measure(
       tree: the parameters.
       rounds: timed steps of each optimizer.
       in_turn: one step of each in turn, or all steps of one and then of the next.
-      methods: their names; Adam is measured in any case, before them.
+      methods: their names; Adam is measured in any case, and is the first in the result.
       copied: how many numbers the copy has.
 
     Returns:
@@ -288,6 +289,7 @@ def measure(
     copy, copies = jax.jit(lambda x: x + 1, donate_argnums=0), []  # in place, as a step is
     numbers = jax.block_until_ready(jnp.zeros(copied))
     turns, block = (rounds, 1) if in_turn else (1, rounds)
+    shuffle = np.random.default_rng(0)
     for turn in range(turns):
         grads = jax.block_until_ready(draw(turn + 1))
         for _ in range(1 + block):  # the first one is not counted
@@ -297,8 +299,9 @@ def measure(
         del copies[-1 - block]
         # Not counted: the gigabytes that the last one freed slow the next that needs memory.
         timed(uncounted)
-        for run in (run for run in runs.values() for _ in range(block)):
-            run[3].append(timed(run))
+        for name in shuffle.permutation(list(runs)):
+            for _ in range(block):
+                runs[name][3].append(timed(runs[name]))
     return {
         'copy_bytes_per_second': 2 * numbers.nbytes / statistics.median(copies),
         'steps': [

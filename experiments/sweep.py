@@ -12,8 +12,8 @@ trials go on from their last checkpoints, and one with more trials adds to it.
 Trials that differ in floats alone are trained together in one program, as many as --together says;
 by default one on CPUs, which gain nothing by it, and elsewhere as many as the device has room for.
 
-The least value of the search's metric is the best, but for the one that a task tracks, such as a
-tagger's best_dev_accuracy, of which it is the largest.
+The least value of the search's metric, train_loss if it names none, is the best, but for the one
+that a task tracks, such as a tagger's best_dev_accuracy, of which it is the largest.
 """
 
 import itertools
@@ -38,6 +38,8 @@ _TOGETHER = flags.DEFINE_integer(
     'together', None, 'Trials in one program; as many as there is room for.', lower_bound=1
 )
 
+_METRIC = 'train_loss'  # of a search that names none
+
 
 def suggest(trial: Any, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A trial's hyperparameters.
@@ -57,18 +59,25 @@ def suggest(trial: Any, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
 
 
 def make_sampler(search: Mapping[str, Any], number: int) -> Any:
-    """Optuna's sampler for the trial of this number: what it draws hangs on no other trial."""
+    """Optuna's sampler for the trial of this number.
+
+    What it draws hangs on no other trial, nor on which of its values are drawn already: they are
+    drawn all at once, so that a trial of which a kill left the first ones gets the same others.
+    """
     import optuna
 
     random = optuna.samplers.RandomSampler(seed=search['seed'] * 1_000_003 + number)
     if search['sampler'] == 'random':
-        return random
-    # Not GridSampler, which stops its study and must not be asked.
-    axes = {name: axis['grid'] for name, axis in search['space'].items()}
-    values = list(itertools.product(*axes.values()))[number]
+        drawn = optuna.create_study(sampler=random).ask()
+        suggest(drawn, search['space'])
+        values = drawn.params
+    else:  # not GridSampler, which stops its study and must not be asked
+        axes = {name: axis['grid'] for name, axis in search['space'].items()}
+        point = list(itertools.product(*axes.values()))[number]
+        values = dict(zip(axes, point, strict=True))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.PartialFixedSampler(dict(zip(axes, values, strict=True)), random)
+        return optuna.samplers.PartialFixedSampler(values, random)
 
 
 def _check(search: Mapping[str, Any], optimizer_config: Mapping[str, Any]) -> None:
@@ -114,7 +123,8 @@ def sweep(
     At each of ``search.rungs``, parts of a run, the trials that are left are compared by the mean
     loss that they last logged, and the best ``search.keep`` of them go on. All trials come to
     a rung before any goes on, so which ones are stopped does not depend on the order or on how
-    many are trained together.
+    many are trained together. A rung is at a step with a checkpoint; one that falls on the last
+    step stops none.
 
     Args:
       task_config: see ``configs/tasks``.
@@ -131,11 +141,12 @@ def sweep(
 
     Raises:
       ValueError: for a search that is none, or a hyperparameter that the optimizer's config does
-        not have; or if the workdir holds another search.
+        not have; or if the workdir holds another search, or one of other configs.
     """
     import optuna
 
     search = {'rungs': [], 'keep': 1.0, **workdir_lib.plain(search)}
+    search['metric'] = search.get('metric') or _METRIC
     search.setdefault('space', workdir_lib.plain(optimizer_config).get('search_space'))
     _check(search, optimizer_config)
     task = train.check(task_config, optimizer_config, data_dir)
@@ -152,7 +163,7 @@ def sweep(
         raise ValueError(f'search.trials must be an integer >= 1, got {count!r}.')
     root = pathlib.Path(workdir)
     root.mkdir(parents=True, exist_ok=True)
-    study = _open(root, search)
+    study = _open(root, search, task_config, optimizer_config)
     for trial in _running(study):  # a kill may have cut off what they drew; the rest they keep
         study.sampler = make_sampler(search, trial.number)
         suggest(optuna.trial.Trial(study, trial._trial_id), search['space'])
@@ -165,9 +176,10 @@ def sweep(
         config.update(values_of(trial, search['space']))
         return train.prepare(task_config, config, root / f'{trial.number:03d}', data_dir)
 
-    for part in search['rungs']:
+    stops = {train.checkpoint_at(task, task_config, part) for part in search['rungs']}
+    for stop in sorted(stops - {task.num_steps}):
         left = _running(study)
-        stop, losses = _to_rung([prepared(trial) for trial in left], part, together)
+        losses = _to_rung([prepared(trial) for trial in left], stop, together)
         for trial, loss in zip(left, losses, strict=True):
             if stop not in trial.intermediate_values:
                 optuna.trial.Trial(study, trial._trial_id).report(loss, stop)
@@ -184,15 +196,23 @@ def sweep(
     found.sort(key=lambda row: (row.get('stopped_at') is not None, row['metric']))
     for row in found:
         row['metric'] *= 1 if 'stopped_at' in row else sign
-    workdir_lib.write_json(root / 'sweep.json', {'search': search, 'trials': found})
+    content = {'search': search, 'largest': sign < 0, 'trials': found}
+    workdir_lib.write_json(root / 'sweep.json', content)
     return found
 
 
-def _open(root: pathlib.Path, search: Mapping[str, Any]) -> Any:
+def _open(
+    root: pathlib.Path,
+    search: Mapping[str, Any],
+    task_config: Mapping[str, Any],
+    optimizer_config: Mapping[str, Any],
+) -> Any:
     """The study in a folder, made if there is none.
 
+    It keeps what all trials have of the configs; one that was made before it did takes them on.
+
     Raises:
-      ValueError: if it is of another search.
+      ValueError: if it is of another search, or of other configs.
     """
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -205,7 +225,20 @@ def _open(root: pathlib.Path, search: Mapping[str, Any]) -> Any:
     )
     if (held := study.user_attrs.get('search', search)) != search:
         raise ValueError(f'workdir {root} holds another search: {held}, not {search}.')
+    config = {
+        group: {k: v for k, v in workdir_lib.plain(whole).items() if k not in varied}
+        for group, whole, varied in (
+            ('task', task_config, workdir_lib.CARRIED_OUT),
+            ('optimizer', optimizer_config, {'search_space', *search['space']}),
+        )
+    }
+    if found := workdir_lib.differences(
+        study.user_attrs.get('config', config), config['task'], config['optimizer']
+    ):
+        raise ValueError(f'workdir {root} holds a search of another configuration: {found[0]}.')
     study.set_user_attr('search', search)
+    if 'config' not in study.user_attrs:
+        study.set_user_attr('config', config)
     return study
 
 
@@ -239,12 +272,9 @@ def _row(trial: Any, search: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_rung(
-    experiments: Sequence[train.Experiment], part: float, together: int | None
-) -> tuple[int, list[float]]:
-    """Trains all up to a part of the run; the step, and the mean losses logged there."""
-    if not experiments:
-        return 0, []
-    stop = train.checkpoint_at(experiments[0], part)
+    experiments: Sequence[train.Experiment], stop: int, together: int | None
+) -> list[float]:
+    """Trains all up to a step; the mean losses logged there."""
 
     def losses() -> list[float | None]:
         logs = [workdir_lib.read_metrics(experiment.run.path) for experiment in experiments]
@@ -253,7 +283,7 @@ def _to_rung(
 
     missing = [e for e, loss in zip(experiments, losses(), strict=True) if loss is None]
     _train(missing, together, stop_after=stop)
-    return stop, [loss for loss in losses() if loss is not None]
+    return [loss for loss in losses() if loss is not None]
 
 
 def _train(

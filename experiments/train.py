@@ -68,7 +68,7 @@ def prepare(
     """
     options = options or telemetry.Options()
     options.check()
-    task = check(task_config, optimizer_config, data_dir)
+    task = _task(task_config, optimizer_config, data_dir, workdir)
     optimizer_config = optimizers.without_search_space(optimizer_config)
     run = workdir_lib.Workdir(workdir, task_config, optimizer_config, task.artifacts)
     return Experiment(task, task_config, optimizer_config, run, options)
@@ -78,11 +78,29 @@ def check(
     task_config: Mapping[str, Any],
     optimizer_config: Mapping[str, Any],
     data_dir: str | None = None,
+    workdir: str | pathlib.Path | None = None,
 ) -> tasks.Task:
-    """The task, if a run could start; raises what ``prepare`` raises, and writes nothing."""
+    """The task, if a run could start; raises what ``prepare`` raises, and writes nothing.
+
+    Whether it could in a folder is looked up if one is given.
+    """
+    task = _task(task_config, optimizer_config, data_dir, workdir)
+    if workdir is not None:
+        config = optimizers.without_search_space(optimizer_config)
+        workdir_lib.check(workdir, task_config, config)
+    return task
+
+
+def _task(
+    task_config: Mapping[str, Any],
+    optimizer_config: Mapping[str, Any],
+    data_dir: str | None,
+    workdir: str | pathlib.Path | None,
+) -> tasks.Task:
+    """The task, of a run that goes on with what its folder keeps; raises what is wrong."""
     _check(task_config)
     mesh = mesh_lib.of(task_config)
-    task = tasks.make(task_config, data_dir)
+    task = tasks.make(task_config, data_dir, workdir)
     if task.validate and _every(task, task_config, 'evaluate') is None:
         raise ValueError('task must have one of evaluate_every_epochs and evaluate_every_steps.')
     segments_lib.check(task, mesh, task_config.get('accumulation', 1))
@@ -151,7 +169,9 @@ class _Loop:
             self._task, self._program.step, self._config['seed'], self._program.shardings
         )
         clock = time.perf_counter()
-        program_bytes = self._segments.compile(self._carry, self._lengths)
+        # A run that a kill kept from saying that it is through has no steps left, but a program.
+        lengths = self._lengths or [min(every, total)]
+        program_bytes = self._segments.compile(self._carry, lengths)
         self._compilation = {
             'compile_seconds': time.perf_counter() - clock,
             'program_bytes': program_bytes,
@@ -166,7 +186,7 @@ class _Loop:
             mesh = None if places is None else places.step.mesh
             chosen = experiments[0].optimizer_config
             tx = program_lib.make_tx(self._task, self._config, chosen, mesh)
-            self._telemetry.measure(tx, self._carry)
+            self._telemetry.measure(tx, self._carry, telemetry.period(chosen))
 
     def close(self) -> None:
         self._telemetry.close()
@@ -247,11 +267,11 @@ def _every(task: tasks.Task, config: Mapping[str, Any], what: str) -> int | None
     return None if steps is None else math.ceil(steps / log_every) * log_every
 
 
-def checkpoint_at(experiment: Experiment, part: float) -> int:
-    """The first step with a checkpoint at or after a part of the run."""
-    every = _every(experiment.task, experiment.config, 'checkpoint')
+def checkpoint_at(task: tasks.Task, config: Mapping[str, Any], part: float) -> int:
+    """The first step with a checkpoint at or after a part of the run; the last step has one."""
+    every = _every(task, config, 'checkpoint')
     assert every is not None
-    return math.ceil(part * experiment.task.num_steps / every) * every
+    return min(task.num_steps, math.ceil(part * task.num_steps / every) * every)
 
 
 def kinship(experiment: Experiment) -> str:

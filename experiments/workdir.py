@@ -17,6 +17,13 @@ from jax.experimental import multihost_utils
 # How a run is carried out and not what it is: a resumed run may have others. Its numbers are the
 # same to rounding (but see ``Task.loss`` about ``accumulation``).
 CARRIED_OUT = ('mesh', 'accumulation', 'max_to_keep')
+# Fields that configs were given later, and what a run did that was begun without them.
+ADDED: dict[str, Any] = {
+    'task.compute_dtype': 'float32',
+    'optimizer.impl': 'auto',
+    'optimizer.schedules': {},
+    'optimizer.layout': [],
+}
 PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy', 'orbax-checkpoint', 'precond_optax')
 
 
@@ -27,6 +34,49 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
         return value.to_dict() if hasattr(value, 'to_dict') else dict(value)
 
     return json.loads(json.dumps(config, default=inner))
+
+
+def differences(
+    held: Mapping[str, Any], task_config: Mapping[str, Any], optimizer_config: Mapping[str, Any]
+) -> list[str]:
+    """In what a configuration that is held is not that of a run with these, field by field."""
+    found = []
+    for group, config in (('task', plain(task_config)), ('optimizer', plain(optimizer_config))):
+        for key in sorted({*held[group], *config}, key=lambda key: (key != 'name', key)):
+            there, given = held[group].get(key, ADDED.get(f'{group}.{key}')), config.get(key)
+            if there != given and key not in CARRIED_OUT:
+                found.append(f'{group}.{key}: {there!r} there, {given!r} given')
+    return found
+
+
+def check(
+    path: str | pathlib.Path, task_config: Mapping[str, Any], optimizer_config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What a folder's ``config.json`` holds, None if there is nothing yet; writes nothing.
+
+    Raises:
+      ValueError: if a run of this configuration cannot be there.
+    """
+    folder = pathlib.Path(path).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f'--workdir={str(path)!r} is a file, a folder is needed.')
+    file = folder / 'config.json'
+    if not file.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f'workdir {folder} is not empty and holds no config.json.')
+        return None
+    try:
+        held = json.loads(file.read_text())
+        held['task'].items(), held['optimizer'].items(), held['environment'].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{file} is not the configuration of a run: {error!r}.') from error
+    if found := differences(held, task_config, optimizer_config):
+        raise ValueError(
+            f'workdir {folder} holds a run of another configuration ('
+            + '; '.join(found)
+            + '). Choose another --workdir, or remove this one.'
+        )
+    return held
 
 
 def environment() -> dict[str, Any]:
@@ -87,10 +137,8 @@ class Workdir:
         self._first = jax.process_index() == 0
 
         def claim() -> None:
-            if self.path.exists() and not self.path.is_dir():
-                raise ValueError(f'--workdir={str(path)!r} is a file, a folder is needed.')
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._claim({'task': plain(task_config), 'optimizer': plain(optimizer_config)})
+            held = check(path, task_config, optimizer_config)
+            self._claim(held, {'task': plain(task_config), 'optimizer': plain(optimizer_config)})
             self._keep(artifacts or {})
 
         _first_process(claim)
@@ -107,34 +155,16 @@ class Workdir:
     def __exit__(self, *_: Any) -> None:
         self._manager.close()  # waits for a checkpoint that is being written
 
-    def _claim(self, config: dict[str, Any]) -> None:
-        """Writes the configuration, or checks that the folder holds this very one."""
+    def _claim(self, held: dict[str, Any] | None, config: dict[str, Any]) -> None:
+        """Writes the configuration, or where the run that is held goes on."""
+        self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / 'config.json'
         carried_out = {k: config['task'][k] for k in CARRIED_OUT if k in config['task']}
         here = {**environment(), **({'carried_out': carried_out} if carried_out else {})}
-        if not file.exists():
-            if any(self.path.iterdir()):
-                raise ValueError(f'workdir {self.path} is not empty and holds no config.json.')
+        if held is None:
             write_json(file, {**config, 'environment': here})
             return
-        try:
-            held = json.loads(file.read_text())
-            known = [held['environment'], *held.get('resumed_in', [])]
-            held['task'].items(), held['optimizer'].items()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{file} is not the configuration of a run: {error!r}.') from error
-        differences = [
-            f'{group}.{key}: {held[group].get(key)!r} there, {config[group].get(key)!r} given'
-            for group in ('task', 'optimizer')
-            for key in sorted({*held[group], *config[group]})
-            if held[group].get(key) != config[group].get(key) and key not in CARRIED_OUT
-        ]
-        if differences:
-            raise ValueError(
-                f'workdir {self.path} holds a run of another configuration ('
-                + '; '.join(differences)
-                + '). Choose another --workdir, or remove this one.'
-            )
+        known = [held['environment'], *held.get('resumed_in', [])]
         if here not in known and not (self.path / 'summary.json').exists():
             write_json(file, {**held, 'resumed_in': [*known[1:], here]})
 
@@ -214,12 +244,12 @@ class Workdir:
 
 
 def _first_process(action: Callable[[], None]) -> None:
-    """Does something in the first process; all raise ``ValueError`` if it does."""
+    """Does something in the first process; if it raises there, all do."""
     told = None
     if jax.process_index() == 0:
         try:
             action()
-        except ValueError as error:
+        except Exception as error:  # whatever it is: the others wait to be told
             told = error
     if jax.process_count() > 1:
         refused = multihost_utils.broadcast_one_to_all(np.array(told is not None))

@@ -13,4 +13,13 @@ def get_config() -> config_dict.ConfigDict:
             if figure in row:
                 del row[figure]
     config.rows.adafactor.settings.dtype_momentum = 'bfloat16'
+    for name in ('adam', 'adamw', 'rmsprop', 'adagrad', 'schedule_free'):
+        config.rows[name].note = 'second moment in bfloat16 too, rounded to nearest'
+    # So the same for one of ours, whose statistics are float32 else.
+    row = config.rows.sonew_tridiagonal.copy_and_resolve_references()
+    with row.unlocked():
+        row.settings.stats_dtype = 'bfloat16'
+        row.label += ', statistics in bfloat16'
+    with config.unlocked():
+        config.rows.sonew_tridiagonal_low = row
     return config

@@ -1,9 +1,8 @@
 """Optimizers on the language model, `--table=configs/tables/language_model.py:SIZE`.
 
 For CPUs, so with shorter runs than the sizes' own: tiny on the novels' bytes, small on their
-SentencePiece tokens. What a row does not set is the optimizer config's. Searches take
-`--search.metric=validation_loss`, and shorter runs by `--table.settings.steps=N
---table.settings.warmup_steps=M`.
+SentencePiece tokens. What a row does not set is the optimizer config's. Searches take shorter runs
+by `--table.settings.steps=N --table.settings.warmup_steps=M`.
 """
 
 from typing import Any
@@ -25,6 +24,7 @@ _LENGTHS = dict(
         evaluate_batches=64,
     ),
     small=dict(
+        remat='dots',  # on CPUs what is kept costs more than what is computed again
         batch_size=4,
         steps=600,
         warmup_steps=60,

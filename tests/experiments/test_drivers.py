@@ -221,6 +221,44 @@ def test_two_tasks_or_optimizers_do_not_share_a_workdir(tmp_path):
         train.train_and_evaluate(task, optimizer, tmp_path, progress=False)
 
 
+def test_fields_that_configs_were_given_later(tmp_path):
+    """A run of before them goes on, and is that of their old meaning."""
+    task, optimizer = small_task(), config_of('optimizers', 'sonew')
+    train.train_and_evaluate(task, optimizer, tmp_path, progress=False, stop_after=4)
+    file = tmp_path / 'config.json'
+    held = json.loads(file.read_text())
+    for field in workdir_lib.ADDED:
+        group, name = field.split('.')
+        del held[group][name]
+    file.write_text(json.dumps(held))
+    task.compute_dtype = 'bfloat16'
+    with pytest.raises(ValueError, match=r"\(task.compute_dtype: 'float32' there, 'bfloat16' gi"):
+        train.train_and_evaluate(task, optimizer, tmp_path, progress=False)
+    task.compute_dtype = 'float32'
+    assert train.train_and_evaluate(task, optimizer, tmp_path, progress=False)['steps'] == 8
+
+
+def test_a_check_looks_into_the_folder_and_writes_nothing(tmp_path):
+    task, optimizer = small_task(), config_of('optimizers', 'adam')
+    train.check(task, optimizer, None, tmp_path / 'new')
+    assert not (tmp_path / 'new').exists()
+    train.prepare(task, optimizer, tmp_path / 'run')
+    train.check(task, optimizer, None, tmp_path / 'run')
+    with pytest.raises(ValueError, match=r'holds a run of another configuration \(task.epochs'):
+        train.check(small_task(epochs=3), optimizer, None, tmp_path / 'run')
+
+
+@pytest.mark.parametrize('name', ['autoencoder', 'language_model'])
+def test_killed_before_the_summary(name, tmp_path):
+    """No step is left, and what the program needs is known all the same."""
+    task, optimizer = small_task(name), config_of('optimizers', 'sgd')
+    whole = train.train_and_evaluate(task, optimizer, tmp_path, progress=False)
+    (tmp_path / 'summary.json').unlink()
+    again = train.train_and_evaluate(task, optimizer, tmp_path, progress=False)
+    assert again['program_bytes'] > 0
+    assert without_clock([again]) == without_clock([whole])
+
+
 BAD_CONFIGS = [
     (
         dict(name='autoencodr'),

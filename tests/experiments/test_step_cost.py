@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from absl import flags
 
@@ -50,6 +51,39 @@ def test_adam_is_first_and_beside_it_what_is_asked_for():
 def test_all_steps_of_one_optimizer_after_each_other():
     result = measured(rounds=3, in_turn=False, methods=[])
     assert [len(step['seconds']) for step in result['steps']] == [3]
+
+
+@pytest.mark.parametrize('in_turn', [True, False])
+def test_each_turn_has_an_order_of_its_own(in_turn, monkeypatch):
+    """Drawn from a seed; with --noin_turn there is one turn."""
+    steps = []
+
+    def noted(name):
+        def update(updates, state, params=None):
+            jax.debug.callback(lambda: steps.append(name))
+            return updates, state
+
+        return lambda _: optax.GradientTransformation(lambda params: (), update)
+
+    for name in ('adam', 'b', 'c'):
+        monkeypatch.setitem(step_cost.OPTIMIZERS, name, noted(name))
+
+    def order():
+        result = measured(rounds=6, in_turn=in_turn, methods=['b', 'c'])
+        jax.effects_barrier()
+        assert [step['optimizer'] for step in result['steps']] == ['adam', 'b', 'c']
+        taken = tuple(steps[3:])  # the first of each is not timed
+        steps.clear()
+        return taken
+
+    first = order()
+    assert order() == first
+    if in_turn:
+        turns = [first[i : i + 3] for i in range(0, 18, 3)]
+        assert {tuple(sorted(turn)) for turn in turns} == {('adam', 'b', 'c')}
+        assert len({turn[0] for turn in turns}) > 1
+    else:
+        assert [len(set(first[i : i + 6])) for i in (0, 6, 12)] == [1, 1, 1]
 
 
 def test_blocks_large_trees_and_kernels_are_left_out_unless_asked_for():
@@ -100,10 +134,11 @@ def test_what_a_compiler_says_is_shown_and_what_it_refuses(monkeypatch):
     def measure(tx, params):
         if len(params) > 1:
             raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: no room\nfor it')
-        return real(tx, jax.tree.map(jnp.ones_like, params))
+        return real(tx, jax.device_put(jax.tree.map(jnp.ones_like, params), here))
 
     monkeypatch.setattr(tpu_compile, 'measure', measure)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = jax.sharding.Mesh(jax.devices()[:1], 'x')
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     monkeypatch.setattr(
         tpu_compile,
         'one_leaf',

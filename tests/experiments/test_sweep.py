@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import sweep, train
-from tests.experiments.small import OPTIMIZERS, config_of, lines, small_task, without_clock
+from tests.experiments.small import OPTIMIZERS, ROOT, config_of, lines, small_task, without_clock
 
 
 def varied(name, factors=(1.0, 0.5, 0.25)):
@@ -166,6 +166,17 @@ def test_worst_trials_are_stopped_at_each_rung(tmp_path):
     assert trials[0]['metric'] == best['train_loss']
 
 
+def test_rungs_are_at_checkpoints(tmp_path):
+    """Two at one step are one, and one at the last step, which is not a multiple, is none."""
+    task = small_task(checkpoint_every_steps=6, checkpoint_every_epochs=None)  # of 8 steps
+    made = train.check(task, config_of('optimizers', 'sgd'))
+    parts = (0.1, 0.5, 0.75, 0.8)
+    assert [train.checkpoint_at(made, task, part) for part in parts] == [6, 6, 6, 8]
+    search = random_search(rungs=parts)
+    trials = sweep.sweep(task, config_of('optimizers', 'sgd'), search, tmp_path)
+    assert [t.get('stopped_at') for t in trials] == [None, None, 6, 6]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('together', [2, 4])
 def test_sweep_does_not_depend_on_how_many_are_trained_together(together, tmp_path):
@@ -214,6 +225,93 @@ def test_interrupted_sweep_loses_nothing(after, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             sweep.sweep(task, config, random_search(), tmp_path / 'cut')
     assert sweep.sweep(task, config, random_search(), tmp_path / 'cut') == expected
+
+
+@pytest.mark.parametrize('row', ['adam', 'muon', 'sonew_tridiagonal'])
+def test_draws_hang_on_the_seed_and_the_number(row):
+    """They are those of the committed searches."""
+    import optuna
+
+    file = ROOT / 'experiments/results/autoencoder/table_search' / row / 'sweep.json'
+    held = json.loads(file.read_text())
+    for trial in held['trials']:
+        sampler = sweep.make_sampler(held['search'], int(trial['trial']))
+        drawn = sweep.suggest(optuna.create_study(sampler=sampler).ask(), held['search']['space'])
+        assert drawn == trial['hyperparameters']
+
+
+def untrained(monkeypatch, **changes):
+    """A search of two trials, which are not trained."""
+    monkeypatch.setattr(sweep, '_train', lambda runs, *_: [{'train_loss': 1.0} for _ in runs])
+    return random_search(**{'trials': 2, 'rungs': (), **changes})
+
+
+def test_trial_that_a_kill_left_half_drawn(tmp_path, monkeypatch):
+    """Stopped before the third of the second trial's four values: it gets the same ones."""
+    from optuna.trial import Trial
+
+    task, config, search = small_task(), config_of('optimizers', 'adam'), untrained(monkeypatch)
+    expected = sweep.sweep(task, config, search, tmp_path / 'whole')
+    kept, real = [], Trial.suggest_float
+
+    def suggest_float(self, name, *bounds, **keywords):
+        if self.study.study_name == 'sweep':
+            if len(kept) == 6:
+                raise KeyboardInterrupt
+            kept.append(name)
+        return real(self, name, *bounds, **keywords)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trial, 'suggest_float', suggest_float)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.sweep(task, config, search, tmp_path / 'cut')
+    assert len(set(kept)) == 4
+    assert sweep.sweep(task, config, search, tmp_path / 'cut') == expected
+
+
+def test_a_search_of_other_configs_is_refused(tmp_path, monkeypatch):
+    """But what is searched, and how runs are carried out, may be others."""
+    rates = dict(learning_rate=dict(low=1e-3, high=1e-2))
+    search = untrained(monkeypatch, space=rates)
+    task, config = small_task(), config_of('optimizers', 'sonew')
+    found = sweep.sweep(task, config, search, tmp_path)
+    wide = config_of('optimizers', 'sonew')
+    wide.band = 4
+    for other_task, optimizer, message in (
+        (small_task(epochs=3), config, 'task.epochs: 2 there, 3 given'),
+        (task, wide, 'optimizer.band: 1 there, 4 given'),
+        (task, config_of('optimizers', 'adam'), "optimizer.name: 'sonew' there, 'adam' given"),
+    ):
+        with pytest.raises(ValueError, match=f'a search of another configuration: {message}'):
+            sweep.sweep(other_task, optimizer, search, tmp_path)
+    config.learning_rate = 0.5
+    with task.unlocked():
+        task.max_to_keep = 2
+    assert sweep.sweep(task, config, search, tmp_path) == found
+
+
+def test_a_study_without_configs_takes_them_on(tmp_path, monkeypatch):
+    """One of before they were kept."""
+    search = untrained(monkeypatch)
+    task, config = small_task(), config_of('optimizers', 'adam')
+    found = sweep.sweep(task, config, search, tmp_path)
+    journal = tmp_path / 'study.jsonl'
+    rows = journal.read_text().splitlines(keepends=True)
+    old = [row for row in rows if '"user_attr":{"config"' not in row]
+    assert len(old) == len(rows) - 1
+    journal.write_text(''.join(old))
+    assert sweep.sweep(task, config, search, tmp_path) == found
+    with pytest.raises(ValueError, match=r'task\.epochs: 2 there, 3 given'):
+        sweep.sweep(small_task(epochs=3), config, search, tmp_path)
+
+
+def test_a_search_goes_by_the_loss_unless_it_names_a_metric(tmp_path, monkeypatch):
+    search = untrained(monkeypatch)
+    assert search.metric is None
+    sweep.sweep(small_task(), config_of('optimizers', 'adam'), search, tmp_path)
+    held = json.loads((tmp_path / 'sweep.json').read_text())
+    assert held['search']['metric'] == 'train_loss'
+    assert held['largest'] is False
 
 
 def test_more_trials_are_added_to_those_that_are_there(tmp_path):

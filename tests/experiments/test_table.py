@@ -19,7 +19,7 @@ from configs.tables import (
     pos_tagging_small,
     pos_tagging_small_xpos,
 )
-from experiments import program, table, train
+from experiments import program, sweep, table, train
 from tests.experiments.small import config_of, lines, small_task
 
 
@@ -123,6 +123,155 @@ def test_bad_table(small, tmp_path):
     with pytest.raises(ValueError, match=r"row 'sgd': configs/optimizers/sgd.py has no \['b2'\]"):
         table.run(small, tmp_path / 'a')
     assert not (tmp_path / 'a').exists(), 'the other rows have not been run'
+
+
+def test_nothing_is_run_if_a_folder_is_another_s(small, tmp_path):
+    """Even of the last row."""
+    task, optimizer = table.configs_of(small, 'band_4', 0)
+    optimizer.b2 = 0.5
+    train.prepare(task, optimizer, tmp_path / 'band_4/seed_0')
+    with pytest.raises(ValueError, match=r'optimizer\.b2: 0\.5 there, 0\.9 given'):
+        table.run(small, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['band_4']
+
+
+def test_runs_of_other_settings_are_left_out(small, tmp_path):
+    """And named: a row that was edited, a table that is longer now."""
+    table.run(small, tmp_path, rows='sgd|adam', seeds=(0, 1))
+    small.rows.sgd.settings = dict(momentum=0.5)
+    task, optimizer = table.configs_of(small, 'sgd', 1)
+    shutil.rmtree(tmp_path / 'sgd/seed_1')
+    train.train_and_evaluate(task, optimizer, tmp_path / 'sgd/seed_1')
+    file = tmp_path / 'adam/seed_0/config.json'
+    held = json.loads(file.read_text())
+    del held['task']['compute_dtype']  # as in a run of before there was one
+    file.write_text(json.dumps(held | {'task': held['task'] | {'max_to_keep': 3}}))
+    text = table.write(small, tmp_path)
+    assert cells(text)['adam'][3] == '2'
+    assert cells(text)['sgd'][3] == '1'
+    why = 'is left out: its configuration is another, optimizer.momentum: 0.9 there, 0.5 given'
+    assert [line for line in text.splitlines() if 'left out' in line] == [f'sgd/seed_0 {why}']
+    assert len(json.loads((tmp_path / 'table.json').read_text())) == 3
+    small.settings.epochs = 3
+    text = table.write(small, tmp_path)
+    assert cells(text)['adam'][0] == 'not run'
+    assert text.count('is another, task.epochs: 2 there, 3 given') == 4
+
+
+def test_a_cost_that_is_not_known_is_an_empty_cell(small, tmp_path):
+    table.run(small, tmp_path, rows='sgd|adam')
+    assert all(cells(table.write(small, tmp_path))['sgd'][3:])
+    file = tmp_path / 'adam/seed_0/summary.json'
+    summary = json.loads(file.read_text())
+    del summary['state_bytes']
+    file.write_text(json.dumps(summary | {'program_bytes': 0}))
+    found = cells(table.write(small, tmp_path))
+    assert found['adam'][6:] == ['', '', '', '']
+    assert [bool(cell) for cell in found['sgd'][4:]] == [True, True, True, False, True, False]
+
+
+def searched(folder, small, row, values, *, stopped=(), **search):
+    """What a search of a row leaves, with these metrics, those of the stopped trials last."""
+    drawn = [{'learning_rate': 10.0**-i} for i in range(1, 1 + len(values) + len(stopped))]
+    trials = [
+        {'trial': f'{i:03d}', 'hyperparameters': own, 'metric': value}
+        for i, (own, value) in enumerate(zip(drawn, [*values, *stopped], strict=True))
+    ]
+    for trial in trials[len(values) :]:
+        trial['stopped_at'] = 4
+    for trial in trials:
+        task, optimizer = table.configs_of(small, row, 0)
+        optimizer.update(trial['hyperparameters'])
+        train.prepare(task, optimizer, folder / row / trial['trial'])
+    content = {
+        'search': {'metric': search.get('metric', 'train_loss')},
+        'largest': search.get('largest', False),
+        'trials': trials,
+    }
+    (folder / row / 'sweep.json').write_text(json.dumps(content))
+
+
+@pytest.fixture
+def sweeps(monkeypatch):
+    """In place of the sweeps: by what they would have gone."""
+    metrics = []
+    monkeypatch.setattr(sweep, 'sweep', lambda *given, **_: metrics.append(given[2]['metric']))
+    return metrics
+
+
+def rows_of(text):
+    """The cells of a table, and what is below it."""
+    above, _, below = text.partition('\n\n')
+    lines = [line.strip('|').split('|') for line in above.splitlines()]
+    return [[cell.strip() for cell in line] for line in lines if '--' not in line[0]], below
+
+
+def test_best_trials_are_written(small, sweeps, tmp_path):
+    """Of all rows in the folder, by the number itself."""
+    searched(tmp_path, small, 'sgd', [122.63, 130.98], stopped=[50.0])
+    searched(tmp_path, small, 'adam', [67.288], stopped=[70.0, None])
+    searched(tmp_path, small, 'band_4', [None])
+    text = table.search(small, tmp_path, rows='adam', search=config_of('searches', 'random'))
+    assert sweeps == ['train_loss']
+    assert (tmp_path / 'search.md').read_text() == text + '\n'
+    header = ['row', 'best train loss', 'second', 'trials', 'to the end', 'settings of the best']
+    assert rows_of(text)[0] == [
+        header,
+        ['adam', '67.29', '', '3', '1', 'learning_rate=0.1'],
+        ['sgd', '122.63', '130.98', '3', '2', 'learning_rate=0.1'],
+        ['band_4', 'nan', '', '1', '1', 'learning_rate=0.1'],
+    ]
+    small.settings.epochs = 3
+    _, below = rows_of(table.search(small, tmp_path, rows='adam', search={'metric': None}))
+    assert below.count('is left out: its configuration is another, task.epochs: 2 there') == 3
+
+
+def test_a_search_goes_by_the_table_s_first_metric(small, sweeps, tmp_path):
+    """Unless it names one; the largest is the best where the sweep says so."""
+    small.metrics = (('best_dev_accuracy', 'dev %', 100.0), ('test_loss', 'test loss'))
+    accuracy = dict(metric='best_dev_accuracy', largest=True)
+    searched(tmp_path, small, 'sgd', [0.6712, 0.6], **accuracy)
+    searched(tmp_path, small, 'adam', [0.6736], **accuracy)
+    searched(tmp_path, small, 'band_4', [0.12345], metric='dev_loss')
+    search = config_of('searches', 'random')
+    lines, below = rows_of(table.search(small, tmp_path, search=search))
+    assert lines[0][1] == 'best dev %'
+    assert [line[:3] for line in lines[1:]] == [['adam', '67.36', ''], ['sgd', '67.12', '60.00']]
+    assert below == 'band_4 is left out: its search went by dev_loss'
+    search.metric = 'dev_loss'
+    lines, _ = rows_of(table.search(small, tmp_path, rows='adam', search=search))
+    assert [line[:2] for line in lines] == [['row', 'best dev loss'], ['band_4', '0.1235']]
+    assert sweeps == [*['best_dev_accuracy'] * 3, 'dev_loss']
+
+
+def test_finals_are_written(small, tmp_path):
+    """Of all rows in the folder, beside what they were in the search."""
+    short = small.copy_and_resolve_references()
+    short.settings.epochs = 1
+    searched(tmp_path, short, 'sgd', [122.63, 130.98])
+    searched(tmp_path, short, 'adam', [67.288], stopped=[50.0])
+    table.finals(small, tmp_path, rows='sgd', best=2)
+    text = table.finals(small, tmp_path, rows='adam', best=2)
+    assert (tmp_path / 'finals.md').read_text() == text + '\n'
+    at = ('place at 1 epochs', 'train loss at 1 epochs')
+    ends = ('train loss at 2 epochs', 'test loss at 2 epochs')
+    (header, *lines), below = rows_of(text)
+    assert header == ['row', 'trial', *at, *ends, 'settings']
+    assert [line[:4] for line in lines] == [
+        ['adam', '000', '1', '67.29'],
+        ['adam', '001', '2', 'stopped at 4'],
+        ['sgd', '000', '1', '122.63'],
+        ['sgd', '001', '2', '130.98'],
+    ]
+    summary = json.loads((tmp_path / 'sgd/finals/001/summary.json').read_text())
+    shown = [f'{summary[name]:.2f}' for name in ('train_loss', 'test_loss')]
+    assert lines[3][4:] == [*shown, 'learning_rate=0.01']
+    assert not below
+    small.rows.sgd.settings = dict(momentum=0.5)
+    lines, below = rows_of(table.finals(small, tmp_path, rows='adam', best=1))
+    assert [line[0] for line in lines] == ['row', 'adam', 'adam']
+    why = 'is left out: its configuration is another, optimizer.momentum: 0.9 there, 0.5 given'
+    assert below.splitlines() == [f'sgd/finals/{trial} {why}' for trial in ('000', '001')]
 
 
 @pytest.mark.slow
