@@ -64,6 +64,7 @@ class Facts:
 
     Attributes:
       arguments: parameters, state and batch.
+      share: what that is if all are cut over the chips of one copy of the model.
       temporary: what the step needs beside them.
       output: what it returns; but for numbers in the memory of the arguments.
       donated: how much of it is there.
@@ -74,6 +75,7 @@ class Facts:
     """
 
     arguments: int
+    share: int
     temporary: int
     output: int
     donated: int
@@ -121,6 +123,17 @@ def compile_step(
         return segments.single_step(step, places).lower(carry, batch).compile()
 
 
+def _share(compiled: Any, mesh: Mesh) -> int:
+    """The least bytes of arguments on one chip; axes that nothing divides make it more."""
+    (carry, batch), _ = compiled.in_avals
+    parts = (carry, mesh.size // mesh.shape['data']), (batch, mesh_lib.rows(mesh))
+    sizes = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // count
+        for tree, count in parts
+    )
+    return sum(sizes)
+
+
 def _counts(compiled: Any) -> dict[str, float]:
     """What is counted once for each loop."""
     cost, text = compiled.cost_analysis(), compiled.as_text()
@@ -156,6 +169,7 @@ def measure(
     memory: Any = compiled.memory_analysis()
     return Facts(
         arguments=memory.argument_size_in_bytes,
+        share=_share(compiled, mesh),
         temporary=memory.temp_size_in_bytes,
         output=memory.output_size_in_bytes,
         donated=memory.alias_size_in_bytes,
@@ -176,10 +190,10 @@ def table(results: Mapping[tuple[str, str], Facts]) -> str:
         rows.append(
             [
                 *names,
-                *(
-                    f'{size / 1e6:.1f}'
-                    for size in (facts.arguments, facts.temporary, facts.output)
-                ),
+                f'{facts.arguments / 1e6:.1f}',
+                f'{facts.arguments / facts.share:.2f}',
+                f'{facts.temporary / 1e6:.1f}',
+                f'{facts.output / 1e6:.1f}',
                 f'{facts.flops / 1e9:.2f}',
                 f'{facts.flops / base.flops:.3f}',
                 f'{facts.traffic / 1e6:.1f}',
@@ -188,7 +202,8 @@ def table(results: Mapping[tuple[str, str], Facts]) -> str:
                 f'{facts.seconds:.0f}',
             ]
         )
-    header = ['topology and mesh', 'optimizer', 'arguments, MB', 'temporary, MB', 'output, MB']
+    header = ['topology and mesh', 'optimizer', 'arguments, MB', 'to a fair share']
+    header += ['temporary, MB', 'output, MB']
     header += ['GFLOP', 'ratio', 'accessed, MB', 'ratio']
     header += [*(f'{kind}, MB' for kind in kinds), 'compile, s']
     return report.markdown(header, rows)

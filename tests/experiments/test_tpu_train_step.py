@@ -39,6 +39,8 @@ def test_a_step_on_cpu_devices_and_its_table():
     facts = measured(mesh)
     check(facts, 2, 2, 4)
     assert facts.arguments < 3 * 4 * entries(2, 2) + 500, 'nothing is whole that should not be'
+    tokens = 16 * (stand_in.LENGTH + 1)
+    assert facts.share == pytest.approx(4 * (3 * entries(1, 1) / 4 + tokens / 4), abs=100)
     # Forward and backward multiply each row by each kernel three times.
     one_layer = 3 * 2 * 2 * 4 * stand_in.LENGTH * stand_in.WIDTH * stand_in.HIDDEN // 2
     once = measured(mesh, layers=None)
@@ -57,7 +59,7 @@ def test_optimizers_are_config_files_with_changes():
 
 
 def test_what_is_saved_is_not_compiled_again(tmp_path):
-    facts = tpu_train_step.Facts(1, 2, 3, 0, 4.0, 5.0, {'all-reduce': 6.0}, 7.0)
+    facts = tpu_train_step.Facts(1, 1, 2, 3, 0, 4.0, 5.0, {'all-reduce': 6.0}, 7.0)
     results = {
         ('v5e:2x2', 'adamw.py'): facts,
         ('v5e:2x2', 'sonew.py'): dataclasses.replace(facts, traffic=6.0),
@@ -69,7 +71,7 @@ def test_what_is_saved_is_not_compiled_again(tmp_path):
     with pytest.raises(ValueError, match='another task or libtpu'):
         tpu_train_step._read(str(tmp_path), about | {'libtpu': '2'})
     rows = (tmp_path / 'tpu_train_step.md').read_text().splitlines()[4:]
-    ratios = [[cell.strip() for cell in row.split('|')][7:10:2] for row in rows]
+    ratios = [[cell.strip() for cell in row.split('|')][8:11:2] for row in rows]
     assert ratios == [['1.000', '1.000'], ['1.000', '1.200']]
 
 
