@@ -113,7 +113,7 @@ def test_every_example_is_seen_once_in_an_epoch(monkeypatch, tmp_path):
     """With a loss that marks the rows it is given, by the gradient."""
     count, size = 12, 4
 
-    def fake(config, data_dir):
+    def fake(config, data_dir, workdir):
         return tasks_lib.Task(
             train_data=jnp.arange(count),
             batch_size=size,
@@ -198,8 +198,8 @@ def test_non_finite_gradients_are_skipped_and_counted(monkeypatch, tmp_path):
     """A loss that is NaN on its first batches leaves the parameters alone."""
     real = tasks_lib.make
 
-    def poisoned(config, data_dir):
-        task = real(config, data_dir)
+    def poisoned(config, data_dir, workdir):
+        task = real(config, data_dir, workdir)
         data = task.train_data.astype(jnp.float32).at[0].set(jnp.nan)
         return dataclasses.replace(task, train_data=data)
 
