@@ -126,8 +126,11 @@ def get_config(size: str = 'tiny') -> config_dict.ConfigDict:
     config = dict(
         name='language_model',
         # Data.
-        source='text',  # text: the files below; tfds; or synthetic
-        files=('text/books/*.txt',),  # below --data_dir: files, folders of *.txt, or patterns
+        # text: the files below; tfds; tokens: of either, as experiments/prepare_text.py has
+        # written them; or synthetic.
+        source='text',
+        # Below --data_dir: files, folders of *.txt, or patterns; of tokens, their folder.
+        files=('text/books/*.txt',),
         # Of each file, its end; of more than 1 / 0.02 files, whole ones. Likewise of TFDS's
         # documents where it has one split.
         validation_fraction=0.02,

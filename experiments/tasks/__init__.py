@@ -41,15 +41,21 @@ class Stream:
     batches: Callable[[int], Iterator[Any]]
 
 
-def batches_of(source: Any) -> Callable[[int], Iterator[Any]]:
-    """`Stream.batches` of something with a length and, by its step, each batch; through Grain."""
+def batches_of(source: Any, ahead: bool = False) -> Callable[[int], Iterator[Any]]:
+    """`Stream.batches` of something with a length and, by its step, each batch; through Grain.
+
+    Args:
+      source: of the batches.
+      ahead: whether threads read ahead. Of data in memory they would only be in the way.
+    """
     import grain
 
     dataset = grain.MapDataset.source(source)
+    options = grain.ReadOptions(
+        num_threads=4 if ahead else 0, prefetch_buffer_size=16 if ahead else 0
+    )
 
     def from_step(step: int) -> Iterator[Any]:
-        # The data are in memory: threads that read ahead would only be in the way.
-        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         return iter(dataset.slice(slice(step, None)).to_iter_dataset(options))
 
     return from_step

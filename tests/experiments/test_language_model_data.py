@@ -26,6 +26,10 @@ def folder_of(path, **texts):
     return str(path)
 
 
+def as_tuples(documents):
+    return tuple(map(tuple, documents))
+
+
 def test_files(tmp_path):
     """Files, folders and patterns; sorted, each once; line ends as they are."""
     (tmp_path / 'sub').mkdir()
@@ -40,7 +44,7 @@ def test_files(tmp_path):
         ((f'{root}/c.txt',), (c,)),
     ):
         found = reading.load('text', files, 0.2, data_dir=root)
-        assert found.train == expected
+        assert tuple(found.train) == expected
         assert [len(text) for text in found.validation] == [2] * len(expected)
     found = reading.load('text', ('sub/a.txt',), 0.2, data_dir=root)
     assert found.train[0] + found.validation[0] == 'a\r\n' + 'a' * 7
@@ -50,7 +54,7 @@ def test_files(tmp_path):
 def test_of_many_documents_whole_ones_are_held_out(count, part):
     """Evenly apart, one in so many; of few the end of each."""
     documents = tuple(f'{i:040}' for i in range(count))
-    train, validation = reading._held_out(documents, 1 / part)
+    train, validation = as_tuples(reading._held_out(documents.__getitem__, count, 1 / part))
     if count <= part:
         pairs = zip(train, validation, strict=True)
         assert [first + second for first, second in pairs] == list(documents)
@@ -66,7 +70,20 @@ def test_of_many_documents_whole_ones_are_held_out(count, part):
 
 
 def test_some_documents_stay_for_training():
-    assert reading._held_out(('ab', 'cd', 'ef'), 0.99) == (('cd',), ('ab', 'ef'))
+    held = reading._held_out(('ab', 'cd', 'ef').__getitem__, 3, 0.99)
+    assert as_tuples(held) == (('cd',), ('ab', 'ef'))
+
+
+def test_documents_are_read_when_they_are_asked_for(monkeypatch, tmp_path):
+    root = folder_of(tmp_path, **{f'{i:03}': f'text {i}' for i in range(100)})
+    read, real = [], reading._read
+    monkeypatch.setattr(reading, '_read', lambda path: read.append(path.stem) or real(path))
+    found = reading.load('text', ('*.txt',), 0.02, data_dir=root)
+    assert (len(found.train), len(found.validation), read) == (98, 2, [])
+    assert (found.train[0], read) == ('text 0', ['000'])
+    parts = [found.train.part(i, 3) for i in range(3)]
+    assert (sum(map(len, parts)), len(read)) == (98, 1)
+    assert [text for part in parts for text in part] == list(found.train)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +105,11 @@ def test_files_without_text(tmp_path):
     (tmp_path / 'latin.txt').write_bytes('é'.encode('latin1'))
     for name, message in (('blank', 'no text'), ('empty', 'no text'), ('latin', 'not UTF-8')):
         with pytest.raises(ValueError, match=rf'{name}\.txt: {message}'):
-            reading.load('text', (f'{name}.txt',), 0.1, data_dir=str(tmp_path))
+            list(reading.load('text', (f'{name}.txt',), 0.1, data_dir=str(tmp_path)).train)
 
 
 def test_tfds(monkeypatch, tmp_path):
-    """Two splits as they are, or one for both; texts are bytes, empty ones are left out."""
+    """Two splits as they are, or one for both; texts are bytes, blank ones are empty."""
     import tensorflow_datasets as tfds
 
     asked = []
@@ -105,13 +122,13 @@ def test_tfds(monkeypatch, tmp_path):
     monkeypatch.setattr(tfds, 'data_source', data_source)
     (tmp_path / 'tensorflow_datasets').mkdir()
     found = reading.load('tfds', (), 0.1, 'lm1b', ('train', 'test'), str(tmp_path))
-    assert found == (('abcdefghij',), ('xyz', 'été'))
+    assert as_tuples(found) == (('abcdefghij', ''), ('xyz', 'été'))
     where = str(tmp_path / 'tensorflow_datasets')
     assert asked == [('lm1b', split, where, False) for split in ('train', 'test')]
     cut = reading.load('tfds', (), 0.2, 'lm1b', ('train',), str(tmp_path))
-    assert cut == (('abcdefgh',), ('ij',))
+    assert as_tuples(cut) == (('abcdefgh', ''), ('ij', ''))
     whole = reading.load('tfds', (), 0.6, 'lm1b', ('test',), str(tmp_path))
-    assert whole == (('xyz',), ('été',))
+    assert as_tuples(whole) == (('xyz',), ('été',))
 
 
 def test_tfds_that_is_not_prepared(tmp_path):
@@ -166,6 +183,30 @@ def test_training_twice_gives_the_same_bytes(pieces):
     assert tokens.train(SYNTHETIC.train, SIZE) == pieces.model
     one_line = [' '.join(text.split()) * 20 for text in SYNTHETIC.train[:2]]
     assert tokens.train(one_line, 300) == tokens.train(one_line, 300)
+
+
+@hypothesis.given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=60), most=st.integers(1, 300)
+)
+def test_of_much_text_some_is_trained_on(lengths, most):
+    """As many characters as may be, of documents in their order, which are spread evenly."""
+    texts = tuple(chr(1000 + i) * length for i, length in enumerate(lengths))
+    found = [text for text in tokens._some(texts, most) if text]
+    assert sum(map(len, found)) == min(most, sum(lengths))
+    numbers = [ord(text[0]) - 1000 for text in found]
+    assert numbers == sorted(set(numbers))
+    cut = [i for i, text in zip(numbers, found, strict=True) if text != texts[i]]
+    assert len(cut) <= 1
+
+
+def test_what_is_trained_on_is_spread_evenly():
+    for count in (7, 100, 101, 1000):
+        texts = [f'{i:04}' for i in range(count)]
+        for some in (5, 40, 90):
+            numbers = [int(text) for text in tokens._some(texts, 4 * min(some, count))]
+            gaps = np.diff([*numbers, count + numbers[0]])
+            assert len(numbers) == min(some, count)
+            assert max(gaps) <= 3 * count / len(numbers)
 
 
 def test_a_model_from_a_file(pieces, tmp_path):
@@ -238,7 +279,7 @@ def test_a_model_that_loses_bytes_is_refused(changes):
 
 def test_documents_are_packed_between_ends(pieces):
     for tokenizer in tokenizers(pieces):
-        packed = batches.pack(('ab c', 'd'), tokenizer)
+        packed = batches.pack(('ab c', '', 'd'), tokenizer)
         end = [tokenizer.end]
         expected = [*end, *tokenizer.encode('ab c'), *end, *tokenizer.encode('d'), *end]
         np.testing.assert_array_equal(packed, expected)
@@ -246,7 +287,7 @@ def test_documents_are_packed_between_ends(pieces):
 
 
 def rows_of(count, length):
-    return batches.Rows(np.arange(count, dtype=np.uint16), length, 'train')
+    return batches.Rows([np.arange(count, dtype=np.uint16)], length, 'train')
 
 
 @hypothesis.given(
@@ -269,6 +310,28 @@ def test_each_token_comes_once_in_a_pass(count, length, size, seed):
     for i in range(2):
         own = inputs[i * len(rows) : (i + 1) * len(rows)]
         np.testing.assert_array_equal(np.sort(own.ravel()), np.arange(len(rows) * length))
+
+
+@hypothesis.given(
+    counts=st.lists(st.integers(0, 20), min_size=1, max_size=5), length=st.integers(1, 5)
+)
+def test_rows_of_streams_follow_each_other(counts, length):
+    """And none goes on from one stream into the next."""
+    streams = [100 * i + np.arange(count) for i, count in enumerate(counts)]
+    alone = [stream for stream in streams if len(stream) > length]
+    if not alone:
+        of_parts = ' in the longest of its parts' if len(counts) > 1 else ''
+        with pytest.raises(
+            ValueError, match=f'the train text has {max(counts)} tokens{of_parts};'
+        ):
+            batches.Rows(streams, length, 'train')
+        return
+    rows = batches.Rows(streams, length, 'train')
+    expected = [row for own in alone for row in batches.Rows([own], length, 'train')]
+    assert len(rows) == len(expected)
+    assert same([rows[i] for i in range(len(rows))], expected)
+    with pytest.raises(IndexError):
+        rows[len(rows)]
 
 
 def same(first, second):

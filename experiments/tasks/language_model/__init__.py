@@ -12,7 +12,7 @@ import optax
 import precond_optax
 from experiments import mesh
 from experiments.tasks import Task
-from experiments.tasks.language_model import batches, loss, model, reading, tokens
+from experiments.tasks.language_model import batches, loss, model, reading, stored, tokens
 
 # The layers are stacked along their leaves' first axis. An entry of a head is an output of its
 # kernel, and an input of the last one. Rows of the embedding and columns of the output are
@@ -87,22 +87,22 @@ class Text(NamedTuple):
 def _load(
     config: Mapping[str, Any], data_dir: str | None, workdir: str | pathlib.Path | None
 ) -> Text:
-    documents = reading.load(
-        config['source'],
-        tuple(config['files']),
-        config['validation_fraction'],
-        config['tfds_name'],
-        tuple(config['tfds_splits']),
-        data_dir,
-    )
     kind, path = config['tokenizer'], config['tokenizer_path']
     file = None if workdir is None else pathlib.Path(workdir) / tokens.FILE
     kept = file.read_bytes() if file and file.exists() else b''
-    tokenizer = tokens.make(kind, config['vocab_size'], path, documents.train, kept)
-    rows = {
-        split: batches.Rows(batches.pack(texts, tokenizer), config['length'], split)
-        for split, texts in documents._asdict().items()
-    }
+    if config['source'] == stored.SOURCE:
+        folder = stored.folder(config['files'], data_dir)
+        if (folder / tokens.FILE).exists():
+            path = path or str(folder / tokens.FILE)
+        tokenizer = tokens.make(kind, config['vocab_size'], path, (), kept)
+        streams = stored.load(folder, kind, tokenizer)
+    else:
+        documents = reading.of(config, data_dir)
+        tokenizer = tokens.make(kind, config['vocab_size'], path, documents.train, kept)
+        streams = {
+            split: [batches.pack(texts, tokenizer)] for split, texts in documents._asdict().items()
+        }
+    rows = {split: batches.Rows(own, config['length'], split) for split, own in streams.items()}
     return Text(tokenizer, **rows)
 
 
@@ -190,7 +190,7 @@ def make_task(
         loss=batch_loss,
         schedule=schedule,
         evaluate=evaluate,
-        stream=batches.stream(source, len(text.train)),
+        stream=batches.stream(source, len(text.train), ahead=config['source'] == stored.SOURCE),
         validate=validate,
         describe=describe,
         layout=LAYOUT,

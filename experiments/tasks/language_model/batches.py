@@ -1,6 +1,7 @@
-"""A stream of tokens cut into rows, and the rows of each step."""
+"""Streams of tokens cut into rows, and the rows of each step."""
 
 import functools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,46 +11,70 @@ from experiments.tasks import Stream, batches_of
 from experiments.tasks.language_model.tokens import Tokenizer
 
 
-@functools.cache  # a sweep tokenises its text once
-def pack(documents: tuple[str, ...], tokenizer: Tokenizer) -> np.ndarray:
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    """What a token is kept as: two bytes, most often."""
+    return np.min_scalar_type(len(tokenizer.num_bytes) - 1)
+
+
+def pieces(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """All documents one after the other, with the end of a document before, between and after.
 
-    So the first token of each is foretold from an end, and so is that of the whole.
+    So the first token of each is foretold from an end, and so is that of the whole. Empty
+    documents are left out.
     """
-    kind = np.min_scalar_type(len(tokenizer.num_bytes) - 1)  # two bytes a token, most often
+    kind = dtype_of(tokenizer)
     end = np.array([tokenizer.end], kind)
-    parts = [end]
-    for text in documents:
-        parts += [tokenizer.encode(text).astype(kind), end]
-    packed = np.concatenate(parts)
+    yield end
+    for text in filter(None, documents):
+        yield np.concatenate([tokenizer.encode(text).astype(kind), end])
+
+
+@functools.cache  # a sweep tokenises its text once
+def pack(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
+    """The `pieces` as one stream, in memory."""
+    packed = np.concatenate(list(pieces(documents, tokenizer)))
     packed.flags.writeable = False
     return packed
 
 
 class Rows:
-    """A stream of tokens as rows that touch, for Grain.
+    """Streams of tokens as rows that touch, for Grain.
 
-    Row i has ``length`` tokens from ``i * length`` on, and as its targets those one place on. So
-    each token but the first is a target in one row; fewer than ``length`` at the end are left out.
+    In a stream of its own, row i has ``length`` tokens from ``i * length`` on, and as its targets
+    those one place on. So each token but a stream's first is a target in one row; fewer than
+    ``length`` at its end are left out. The rows of the streams follow each other.
+
+    Args:
+      streams: of tokens, in memory or on disk; only what is asked for is read.
+      length: of a row.
+      what: the streams are, for errors.
 
     Raises:
-      ValueError: if there is no row; ``what`` names the stream.
+      ValueError: if there is no row.
     """
 
-    def __init__(self, tokens: np.ndarray, length: int, what: str) -> None:
-        self._tokens, self._length = tokens, length
+    def __init__(self, streams: Sequence[np.ndarray], length: int, what: str) -> None:
+        self._streams, self._length = streams, length
+        rows = [max(0, (len(stream) - 1) // length) for stream in streams]
+        self._ends = np.cumsum(rows)
         if not len(self):
+            longest = max(map(len, streams))
             raise ValueError(
-                f'the {what} text has {len(tokens)} tokens; a row of task.length={length} and its '
-                f'targets need {length + 1}.'
+                f'the {what} text has {longest} tokens'
+                f'{" in the longest of its parts" if len(streams) > 1 else ""}; a row of '
+                f'task.length={length} and its targets need {length + 1}.'
             )
 
     def __len__(self) -> int:
-        return max(0, (len(self._tokens) - 1) // self._length)
+        return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        first = int(i) * self._length
-        row = self._tokens[first : first + self._length + 1].astype(np.int32)
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        which = int(np.searchsorted(self._ends, i, side='right'))
+        before = int(self._ends[which - 1]) if which else 0
+        first = (int(i) - before) * self._length
+        row = self._streams[which][first : first + self._length + 1].astype(np.int32)
         return {'inputs': row[:-1], 'targets': row[1:]}
 
 
@@ -108,13 +133,13 @@ def stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def stream(source: Source, num_train: int) -> Stream:
+def stream(source: Source, num_train: int, ahead: bool = False) -> Stream:
     """A source as the training loop takes it: the run is one epoch, of all its steps."""
     return Stream(
         num_train=num_train,
         steps_per_epoch=len(source),
         shapes=(source.shape,),
-        batches=batches_of(source),
+        batches=batches_of(source, ahead),
     )
 
 

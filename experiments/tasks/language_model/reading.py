@@ -3,21 +3,62 @@
 import functools
 import glob
 import pathlib
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from experiments.tasks import prepared
 
 SOURCES = ('text', 'tfds', 'synthetic')
+# Of a task's config, what says which text it is.
+FIELDS = ('source', 'files', 'validation_fraction', 'tfds_name', 'tfds_splits')
+
+
+class Texts(Sequence[str]):
+    """Documents that are read when they are asked for, so that a corpus need not fit into memory.
+
+    Args:
+      read: from a number, a document; an empty one where there is nothing in it.
+      numbers: of those that are meant.
+    """
+
+    def __init__(self, read: Callable[[int], str], numbers: Sequence[int] | np.ndarray) -> None:
+        self._read, self._numbers = read, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> 'Texts': ...
+    def __getitem__(self, i: int | slice) -> 'str | Texts':
+        if isinstance(i, slice):
+            return Texts(self._read, self._numbers[i])
+        return self._read(int(self._numbers[i]))
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+    def part(self, index: int, count: int) -> 'Texts':
+        """One of some parts that follow each other and hold every document once."""
+        first, end = (len(self) * i // count for i in (index, index + 1))
+        return self[first:end]
 
 
 class Documents(NamedTuple):
-    train: tuple[str, ...]
-    validation: tuple[str, ...]
+    train: Texts
+    validation: Texts
 
 
-@functools.cache  # a sweep reads its data once
+def of(config: Mapping[str, Any], data_dir: str | None) -> Documents:
+    """The documents of a task's config."""
+    given = [config[name] for name in FIELDS]
+    return load(*(tuple(x) if isinstance(x, list) else x for x in given), data_dir)
+
+
+@functools.cache  # a sweep lists its data once
 def load(
     source: str,
     files: tuple[str, ...] = (),
@@ -26,7 +67,7 @@ def load(
     tfds_splits: tuple[str, ...] = (),
     data_dir: str | None = None,
 ) -> Documents:
-    """The documents of a source, in memory.
+    """The documents of a source.
 
     Args:
       source: 'text', 'tfds' or 'synthetic'.
@@ -44,18 +85,22 @@ def load(
       FileNotFoundError: if the data are not there.
     """
     if source == 'text':
-        return _held_out(tuple(map(_read, _paths(files, data_dir))), validation_fraction)
+        paths = _paths(files, data_dir)
+        return _held_out(lambda i: _read(paths[i]), len(paths), validation_fraction)
     if source == 'tfds':
         if not tfds_name or len(tfds_splits) not in (1, 2):
             raise ValueError(
                 "source 'tfds' needs task.tfds_name, such as 'c4/en', and one or two "
                 f'task.tfds_splits, got {tfds_name!r} and {tfds_splits!r}.'
             )
-        splits = [_read_tfds(tfds_name, split, data_dir) for split in tfds_splits]
-        return Documents(*splits) if splits[1:] else _held_out(splits[0], validation_fraction)
+        splits = [_tfds(tfds_name, split, data_dir) for split in tfds_splits]
+        if splits[1:]:
+            return Documents(*(Texts(read, range(count)) for read, count in splits))
+        return _held_out(*splits[0], validation_fraction)
     if source == 'synthetic':
-        return _held_out(_synthetic(8, 2000), validation_fraction)
-    raise ValueError(f'task.source must be one of {list(SOURCES)}, got {source!r}.')
+        texts = _synthetic(8, 2000)
+        return _held_out(texts.__getitem__, len(texts), validation_fraction)
+    raise ValueError(f'task.source must be one of {[*SOURCES, "tokens"]}, got {source!r}.')
 
 
 def _paths(given: tuple[str, ...], data_dir: str | None) -> list[pathlib.Path]:
@@ -88,29 +133,36 @@ def _read(path: pathlib.Path) -> str:
     return text
 
 
-def _held_out(documents: tuple[str, ...], fraction: float) -> Documents:
+def _held_out(read: Callable[[int], str], number: int, fraction: float) -> Documents:
     """Whole documents where there are many, so that none begins in the middle; else their ends."""
     if not 0 < fraction < 1:
         raise ValueError(f'task.validation_fraction must be in (0, 1), got {fraction!r}.')
-    if (number := len(documents)) > 1 / fraction:
+    if number > 1 / fraction:
         count = min(round(fraction * number), number - 1)
-        held = set(((2 * np.arange(count) + 1) * number // (2 * count)).tolist())
-        return Documents(
-            tuple(text for i, text in enumerate(documents) if i not in held),
-            tuple(documents[i] for i in sorted(held)),
-        )
-    cuts = [len(text) - round(fraction * len(text)) for text in documents]
-    pairs = list(zip(documents, cuts, strict=True))
-    train, validation = [text[:cut] for text, cut in pairs], [text[cut:] for text, cut in pairs]
-    return Documents(tuple(filter(None, train)), tuple(filter(None, validation)))
+        held = (2 * np.arange(count) + 1) * number // (2 * count)
+        trained = np.delete(np.arange(number), held)
+        return Documents(Texts(read, trained), Texts(read, held))
+
+    def cut(i: int) -> tuple[str, str]:
+        text = read(i)
+        place = len(text) - round(fraction * len(text))
+        return text[:place], text[place:]
+
+    return Documents(
+        Texts(lambda i: cut(i)[0], range(number)), Texts(lambda i: cut(i)[1], range(number))
+    )
 
 
-def _read_tfds(name: str, split: str, data_dir: str | None) -> tuple[str, ...]:
-    texts = (example['text'] for example in prepared.data_source(name, split, data_dir))
-    decoded = (text.decode('utf-8') if isinstance(text, bytes) else str(text) for text in texts)
-    if not (documents := tuple(filter(str.strip, decoded))):
-        raise ValueError(f'{name}, {split}: no text.')
-    return documents
+def _tfds(name: str, split: str, data_dir: str | None) -> tuple[Callable[[int], str], int]:
+    """How a document of a split is read, by its number, and how many there are."""
+    examples = prepared.data_source(name, split, data_dir)
+
+    def read(i: int) -> str:
+        text = examples[i]['text']
+        text = text.decode('utf-8') if isinstance(text, bytes) else str(text)
+        return text if text.strip() else ''
+
+    return read, len(examples)
 
 
 def _synthetic(count: int, length: int) -> tuple[str, ...]:

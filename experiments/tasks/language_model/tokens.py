@@ -2,8 +2,9 @@
 
 import functools
 import io
+import math
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 KINDS = ('bytes', 'sentencepiece')
 FILE = 'tokenizer.model'  # the SentencePiece model, beside a run's checkpoints
 
+_MOST = 100_000_000  # characters that a model is trained on
 _CHUNK = 4000  # characters of a line that SentencePiece is trained on at once
 _LINES = 10_000  # that it encodes at once
 
@@ -108,11 +110,12 @@ class SentencePiece:
         return self._processor.decode([int(i) for i in tokens])
 
 
-def train(documents: Iterable[str], size: int) -> bytes:
+def train(documents: Sequence[str], size: int) -> bytes:
     """A SentencePiece model: byte pairs, with bytes for what is rare; the same in each training.
 
     Texts are taken as they are: no normalisation, no spaces added or removed. A line's end is a
-    token of its own.
+    token of its own. Of more than a hundred million characters, some documents
+    are taken.
 
     Raises:
       ValueError: if the texts cannot give this many tokens.
@@ -122,7 +125,7 @@ def train(documents: Iterable[str], size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(documents),
+            sentence_iterator=_lines(_some(documents, _MOST)),
             model_writer=model,
             model_type='bpe',
             vocab_size=size,
@@ -146,6 +149,24 @@ def train(documents: Iterable[str], size: int) -> bytes:
     return model.getvalue()
 
 
+def _some(documents: Sequence[str], most: int) -> Iterator[str]:
+    """All of them, or as many, spread evenly, as have some characters; the last one cut.
+
+    They come in their own order.
+    """
+    chosen, left, number = dict[int, str](), most, len(documents)
+    # Multiples of a number near the golden section of theirs, prime to it: each comes once, and
+    # those that have come are evenly apart at any time.
+    stride = next((i for i in range(int(0.618 * number), 0, -1) if math.gcd(i, number) == 1), 1)
+    for k in range(number):
+        i = k * stride % number
+        chosen[i] = documents[i][:left]
+        left -= len(chosen[i])
+        if not left:
+            break
+    return (chosen[i] for i in sorted(chosen))
+
+
 def _lines(documents: Iterable[str]) -> Iterator[str]:
     for text in documents:
         for line in text.split('\n'):
@@ -154,7 +175,7 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
 
 @functools.cache  # a sweep trains one once
 def make(
-    kind: str, size: int, path: str, documents: tuple[str, ...], kept: bytes = b''
+    kind: str, size: int, path: str, documents: Sequence[str], kept: bytes = b''
 ) -> Tokenizer:
     """The tokenizer of a config.
 
