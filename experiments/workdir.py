@@ -21,6 +21,7 @@ CARRIED_OUT = ('mesh', 'accumulation', 'max_to_keep')
 ADDED: dict[str, Any] = {
     'task.compute_dtype': 'float32',
     'optimizer.impl': 'auto',
+    'optimizer.nesterov': False,
     'optimizer.schedules': {},
     'optimizer.layout': [],
 }

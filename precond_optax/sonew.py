@@ -70,6 +70,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     b2: Scalar = 0.9,
     eps: Scalar = 1e-4,
     *,
+    nesterov: bool = False,
     band: int = 1,
     order: str = 'F',
     edge_tolerance: Scalar | None = None,
@@ -88,8 +89,9 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     units of the grafting rule's: none for Adam's.
 
     Args:
-      b1, b2, eps, band, order, edge_tolerance, relative_eps, graft, mu_dtype, stats_dtype,
-        stochastic_rounding, layout, diagnostics, impl: as in `sonew`, with the same defaults.
+      b1, b2, eps, nesterov, band, order, edge_tolerance, relative_eps, graft, mu_dtype,
+        stats_dtype, stochastic_rounding, layout, diagnostics, impl: as in `sonew`, with the same
+        defaults.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state `ScaleBySonewState`.
@@ -114,6 +116,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     checks.in_range('relative_eps', relative_eps, 0)
     if edge_tolerance is not None:
         checks.in_range('edge_tolerance', edge_tolerance, 0, 1)
+    checks.flag('nesterov', nesterov)
     checks.static_int('band', band, 0)
     checks.one_of('order', order, ('F', 'C'))
     checks.float_dtype('mu_dtype', mu_dtype)
@@ -151,7 +154,13 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
 
     def scalars_of(state: ScaleBySonewState, facts: LeafLayout) -> fused.Scalars:
         mu_correction, nu_correction = 1 / (1 - b1**state.count), 1 / (1 - b2**state.count)
-        return fused.Scalars(b1, b2, mu_correction, nu_correction, eps, tolerance(facts))
+        grad_correction: Scalar = 0.0
+        if nesterov:
+            grad_correction = (1 - b1) * mu_correction
+            mu_correction = b1 / (1 - b1 ** (state.count + 1))
+        return fused.Scalars(
+            *(b1, b2, mu_correction, nu_correction, eps, tolerance(facts), grad_correction)
+        )
 
     def fits_kernel(facts: LeafLayout) -> bool:
         """Whether a leaf goes through the kernel."""
@@ -180,6 +189,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             facts.batch_axes,
             tuple(facts.chain_axes(facts.order or order)),
             grafting.ADAM_EPS if graft == 'adam' else None,
+            nesterov,
         )
         # One after the other under vmap, which would put a batch axis to the scalars.
         run = jax.custom_batching.sequential_vmap(functools.partial(fused.one_pass, leaf))
@@ -209,12 +219,13 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         if not facts.precondition:
             mu = b1 * state.mu + (1 - b1) * grad
             nu, _ = diagonal.accumulate(grad, state.nu, (), b2=b2, axes=axes)
-            means = (mu * scalars.mu_correction, nu * scalars.nu_correction)
+            means = (scalars.mu_hat(mu, grad, nesterov), nu * scalars.nu_correction)
             return grafting.adam_direction(*means), {'mu': mu, 'nu': nu}
         new = fused.verbs(
             _KERNELS.get(bands, banded),
             *(grad, state.mu, state.nu, state.offdiag[:bands], scalars),
             relative_eps=relative_eps,
+            nesterov=nesterov,
             axes=axes,
         )
         direction = new.direction
@@ -260,6 +271,7 @@ def sonew(
     b2: Scalar = 0.9,
     eps: Scalar = 1e-4,
     *,
+    nesterov: bool = False,
     band: int = 1,
     order: str = 'F',
     edge_tolerance: Scalar | None = None,
@@ -309,6 +321,8 @@ def sonew(
         autoencoder's, whose loss is a sum over 784 pixels; a loss c times as large wants an eps
         c^2 times as large. Far above the squared gradients it leaves the mean of the gradients
         as the direction.
+      nesterov: whether the mean of the gradients, in Adam's grafting too, looks one step ahead, as
+        in ``optax.nadam``.
       band: off-diagonals kept, >= 0: 0 is the diagonal method, 1 the tridiagonal one, more the
         banded one. Each costs one more array of state; time and workspace grow with its square.
         A leaf gets no more than its chain has. With ``optax.inject_hyperparams`` all floats may
@@ -375,6 +389,7 @@ def sonew(
         b1,
         b2,
         eps,
+        nesterov=nesterov,
         band=band,
         order=order,
         edge_tolerance=edge_tolerance,

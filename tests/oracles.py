@@ -116,9 +116,13 @@ def sonew_direction(
     edge_tolerance: float = 1e-7,
     relative_eps: float = 0.0,
     graft: str | Callable[[Sequence[np.ndarray]], np.ndarray] | None = 'adam',
+    nesterov: bool = False,
 ) -> np.ndarray:
     """SONew's direction after the gradients of one leaf (no batch axes)."""
     mean, second = moments(grads, b1, b2, order)
+    if nesterov:
+        t, grad = len(grads), line(grads[-1], order)
+        mean = b1 * mean * (1 - b1**t) / (1 - b1 ** (t + 1)) + (1 - b1) / (1 - b1**t) * grad
     h = damped(band_of(second, band), eps, relative_eps)
     u = (banded_inverse_with_drops(h, band, edge_tolerance) @ mean).reshape(
         np.shape(grads[0]), order=order
@@ -126,7 +130,7 @@ def sonew_direction(
     if graft is None:
         return u
     w = {
-        'adam': lambda: adam_direction(grads, b1, b2),
+        'adam': lambda: mean / (np.sqrt(np.diag(second)) + 1e-8),
         'momentum': lambda: mean,
         'sgd': lambda: grads[-1],
         'rmsprop_normalized': lambda: normalized_rms_direction(grads, b2),

@@ -62,12 +62,22 @@ def test_direction_is_the_dense_oracles(run):
 
 @pytest.mark.parametrize('graft', [None, 'adam', 'momentum', 'sgd', 'rmsprop_normalized'])
 @pytest.mark.parametrize('band', [0, 1, 3])
-def test_graft_kinds(rng, graft, band):
+@pytest.mark.parametrize('nesterov', [False, True])
+def test_graft_kinds(rng, graft, band, nesterov):
     grads = [rng.normal(size=(4, 3)).astype(np.float32) for _ in range(5)]
-    tx = precond_optax.scale_by_sonew(eps=1e-2, band=band, graft=graft)
+    keywords = dict(eps=1e-2, band=band, graft=graft, nesterov=nesterov)
+    tx = precond_optax.scale_by_sonew(**keywords)
     updates, _ = directions(tx, [jnp.asarray(g) for g in grads])
-    expected = oracles.sonew_direction(grads, eps=1e-2, band=band, graft=graft)
+    expected = oracles.sonew_direction(grads, **keywords)
     np.testing.assert_allclose(updates, expected, rtol=2e-3, atol=1e-4)
+
+
+def test_leaves_that_are_no_chain_have_nadam_s_direction(rng):
+    grads = [jnp.asarray(rng.normal(size=7), 'float32') for _ in range(5)]
+    for ours, theirs in ((True, optax.nadam), (False, optax.adam)):
+        found, _ = directions(precond_optax.sonew(0.1, b2=0.99, nesterov=ours), grads)
+        expected, _ = directions(theirs(0.1, b2=0.99), grads)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_graft_by_a_transformation_takes_its_norm(rng):
@@ -288,6 +298,7 @@ BAD_ARGUMENTS = [
     (dict(band=True), 'band must be an integer >= 0'),
     (dict(band=1.0), 'band must be an integer >= 0'),
     (dict(stochastic_rounding=1), 'stochastic_rounding must be True or False, got 1'),
+    (dict(nesterov=1), 'nesterov must be True or False, got 1'),
     (dict(diagnostics='yes'), "diagnostics must be True or False, got 'yes'"),
     (dict(order='K'), "order must be one of 'F', 'C', got 'K'"),
     (dict(graft='adamw'), "graft must be one of None, 'adam', .* got 'adamw'"),

@@ -47,6 +47,7 @@ def assert_same(got, expected):
     'keywords',
     [
         {},
+        {'nesterov': True},
         {'band': 0},
         {'band': 3, 'graft': 'momentum'},
         {'graft': None},

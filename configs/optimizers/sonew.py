@@ -11,6 +11,7 @@ def get_config() -> config_dict.ConfigDict:
             b1=0.9,
             b2=0.9,
             eps=1e-4,
+            nesterov=False,
             band=1,
             order='F',
             edge_tolerance=config_dict.placeholder(float),

@@ -34,6 +34,8 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
     for ends in ((0.9, 0.99), (0.946, 0.995)):
         yield f'b2 from {ends[0]} to {ends[1]}', dict(schedules=dict(b2=ends))
     yield 'b1 from 0.929 to 0.98', dict(schedules=dict(b1=(0.929, 0.98)))
+    yield 'Nesterov', dict(nesterov=True)
+    yield 'Nesterov, b1 0.96', dict(nesterov=True, b1=0.96)
     for factor in (0.01, 0.1, 10.0):
         yield f'eps x {factor:g}', dict(eps=factor * BASE['eps'])
     yield 'eps from x 1 to x 0.01', dict(schedules=dict(eps=(BASE['eps'], 0.01 * BASE['eps'])))

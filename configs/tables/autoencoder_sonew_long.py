@@ -21,12 +21,15 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
     rising = dict(schedules=dict(b2=(BASE['b2'], 0.995)))
     yield 'second trial', {}
     yield 'b2 from 0.948 to 0.995', rising
+    yield 'Nesterov', dict(nesterov=True)
+    yield 'Nesterov, b2 rising', dict(nesterov=True, **rising)
     yield 'learning rate x 0.7', dict(learning_rate=0.7 * BASE['learning_rate'])
     yield 'eps x 0.1', dict(eps=0.1 * BASE['eps'])
     yield 'eps x 4', dict(eps=4 * BASE['eps'])
     yield 'order C', dict(order='C')
     yield 'band 4', dict(band=4)
     yield 'band 4, b2 rising', dict(band=4, **rising)
+    yield 'band 4, Nesterov, b2 rising', dict(band=4, nesterov=True, **rising)
     yield 'band 8', dict(band=8)
 
 

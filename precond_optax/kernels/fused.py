@@ -41,10 +41,16 @@ class Scalars(NamedTuple):
 
     b1: Scalar
     b2: Scalar
-    mu_correction: Scalar  # 1 / (1 - b1^t)
+    mu_correction: Scalar  # 1 / (1 - b1^t); of the mean that looks ahead b1 / (1 - b1^(t+1))
     nu_correction: Scalar
     eps: Scalar
     edge_tolerance: Scalar
+    grad_correction: Scalar = 0.0  # (1 - b1) / (1 - b1^t) where the mean looks one step ahead
+
+    def mu_hat(self, mu: jax.Array, grad: jax.Array, nesterov: bool) -> jax.Array:
+        """The bias-corrected mean; with ``nesterov`` of the step ahead, g in for its gradient."""
+        corrected = mu * self.mu_correction
+        return corrected + grad * self.grad_correction if nesterov else corrected
 
 
 class Cut(NamedTuple):
@@ -151,6 +157,7 @@ def verbs(
     scalars: Scalars,
     *,
     relative_eps: Scalar = 0.0,
+    nesterov: bool = False,
     axes: chain.ChainAxes,
 ) -> Stepped:
     """The verbs of a pattern one after another, on a whole leaf or on a tile.
@@ -163,6 +170,7 @@ def verbs(
       offdiag: e, one array for each off-diagonal.
       scalars: decays, corrections, damping.
       relative_eps: as in the verb ``factor``.
+      nesterov: whether the mean looks one step ahead.
       axes: the chain's, fastest first.
 
     Returns:
@@ -170,7 +178,7 @@ def verbs(
     """
     s = scalars
     mu = s.b1 * mu + (1 - s.b1) * grad
-    mu_hat = mu * s.mu_correction
+    mu_hat = s.mu_hat(mu, grad, nesterov)
     nu, edges = pattern.accumulate(grad, nu, offdiag, b2=s.b2, axes=axes)
     nu_hat = nu * s.nu_correction
     psi, schur = pattern.factor(
@@ -195,6 +203,7 @@ def step(
     scalars: Scalars,
     *,
     adam_eps: float | None,
+    nesterov: bool = False,
     names: Sequence[tuple[str, ...]] = (),
     noise: Noise | None = None,
     interpret: Any = False,
@@ -210,6 +219,7 @@ def step(
       offdiag: e, one array for each off-diagonal.
       scalars: decays, corrections, damping.
       adam_eps: w is Adam's direction with this epsilon; None: the bias-corrected m.
+      nesterov: as in `verbs`.
       names: in a manual region, the axes of the mesh that share out the rows, and each axis of
         the rest.
       noise: how d and e are rounded where they are bfloat16. None: to nearest, as m is.
@@ -253,7 +263,7 @@ def step(
         numbers += [noise.seeds, noise.starts]
         strides = noise.strides[0], *noise.strides[-len(leaf.tiled) :]
     *new, direction, parts = pl.pallas_call(
-        functools.partial(_kernel, pattern, leaf, adam_eps, strides),
+        functools.partial(_kernel, pattern, leaf, adam_eps, nesterov, strides),
         grid=grid,
         in_specs=[
             *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(numbers),
@@ -321,12 +331,14 @@ class Static(NamedTuple):
       batch_axes: how many of its axes, from the first, stack separate chains.
       axes: the chain's, fastest first, of all of the leaf's.
       adam_eps: as in `step`.
+      nesterov: likewise.
     """
 
     pattern: ModuleType
     batch_axes: int
     axes: tuple[int, ...]
     adam_eps: float | None
+    nesterov: bool = False
 
 
 def _noise(
@@ -367,7 +379,8 @@ def _on_a_device(
     noise = _noise(leaf, whole, shards.names, grad.shape, seeds) if len(seeds) else None
     if part is None:
         grad, mu, nu, *held = (x.astype(jnp.float32) for x in arrays)
-        new = verbs(leaf.pattern, grad, mu, nu, tuple(held), s, axes=shards)
+        statistics = mu, nu, tuple(held)
+        new = verbs(leaf.pattern, grad, *statistics, s, nesterov=leaf.nesterov, axes=shards)
         both = jnp.stack([new.direction, new.magnitude(leaf.adam_eps)], leaf.batch_axes)
         squares = jnp.sum(both * both, axis=tuple(range(leaf.batch_axes + 1, both.ndim)))
         mu, direction = new.mu.astype(arrays[1].dtype), new.direction
@@ -375,7 +388,13 @@ def _on_a_device(
     else:
         own_names = shards.names[leaf.batch_axes :]
         run = functools.partial(
-            step, leaf.pattern, part, adam_eps=leaf.adam_eps, names=own_names, noise=noise
+            step,
+            leaf.pattern,
+            part,
+            adam_eps=leaf.adam_eps,
+            nesterov=leaf.nesterov,
+            names=own_names,
+            noise=noise,
         )
         mu, nu, held, direction, squares = lax.platform_dependent(
             *(grad, mu, nu, tuple(held), s),
@@ -446,6 +465,7 @@ def _kernel(
     pattern: ModuleType,
     leaf: Cut,
     adam_eps: float | None,
+    nesterov: bool,
     strides: tuple[int, ...] | None,
     *refs: Any,
 ) -> None:
@@ -485,7 +505,7 @@ def _kernel(
 
     axes = chain.Tile(roll)
     grad, mu, nu, *offdiag = (widened(i) for i in range(leaf.arrays))
-    new = verbs(pattern, grad, mu, nu, tuple(offdiag), s, axes=axes)
+    new = verbs(pattern, grad, mu, nu, tuple(offdiag), s, nesterov=nesterov, axes=axes)
     magnitude = new.magnitude(adam_eps)
     inside = slice(leaf.halo, leaf.halo + leaf.tile) if borders else slice(None)
     results[0][0] = new.mu[inside].astype(results[0].dtype)

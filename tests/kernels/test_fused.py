@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from precond_optax.kernels import banded, chain, diagonal, fused, tridiagonal
 
-SCALARS = fused.Scalars(0.9, 0.8, 1 / (1 - 0.9**3), 1 / (1 - 0.8**3), 0.1, 1e-7)
+SCALARS = fused.Scalars(0.9, 0.8, 1 / (1 - 0.9**3), 1 / (1 - 0.8**3), 0.1, 1e-7, 0.3)
 # Shape, batch axes, the chain's axes, bands.
 CASES = [
     ((64, 128), 0, (0, 1), 1),  # one tile
@@ -38,9 +38,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(fused, 'cut', cut)
 
 
-def verbs(pattern, axes, batch_axes, grad, mu, nu, offdiag, s, adam_eps):
+def verbs(pattern, axes, batch_axes, grad, mu, nu, offdiag, s, adam_eps, nesterov=False):
     """What `fused.step` computes, on whole arrays."""
-    new = fused.verbs(pattern, grad, mu, nu, offdiag, s, axes=axes)
+    new = fused.verbs(pattern, grad, mu, nu, offdiag, s, nesterov=nesterov, axes=axes)
     w = new.mu_hat if adam_eps is None else new.mu_hat / (jnp.sqrt(new.nu_hat) + adam_eps)
     own = tuple(range(batch_axes, grad.ndim))
     squares = [jnp.sum(x * x, axis=own).ravel() for x in (new.direction, w)]
@@ -70,9 +70,10 @@ def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
     leaf = fused.cut(shape, batch_axes, axes, band)
     pattern = {0: diagonal, 1: tridiagonal}.get(band, banded)
     given = arrays(rng, shape, axes, band)
-    got = fused.step(pattern, leaf, *given, SCALARS, adam_eps=adam_eps, interpret=True)
-    expected = verbs(pattern, axes, batch_axes, *given, SCALARS, adam_eps)
-    assert_near(got, expected)
+    for nesterov in (False, True):
+        how = dict(adam_eps=adam_eps, nesterov=nesterov)
+        got = fused.step(pattern, leaf, *given, SCALARS, **how, interpret=True)
+        assert_near(got, verbs(pattern, axes, batch_axes, *given, SCALARS, **how))
 
 
 @pytest.mark.parametrize(
