@@ -101,6 +101,9 @@ def configs_of(table: Mapping[str, Any], row: str, seed: int) -> Configs:
         config = importlib.import_module(f'configs.{kind}.{name}').get_config(*arguments)
         if unknown := sorted(set(changes) - set(config)):
             raise ValueError(f'row {row!r}: configs/{kind}/{name}.py has no {unknown}.')
+        for field, value in changes.items():
+            if isinstance(value, Mapping | config_dict.ConfigDict):
+                del config[field]  # ranges, say: these alone, not beside the config's own
         config.update(dict(changes))
         made.append(config)
     return made[0], made[1]

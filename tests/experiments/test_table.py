@@ -116,6 +116,18 @@ def test_interrupted_table_goes_on(small, tmp_path):
     assert [row['step'] for row in lines(tmp_path / 'adam/seed_0')] == list(range(1, 9))
 
 
+def test_ranges_of_a_row_are_in_place_of_its_config_s(small):
+    """And no others beside them; likewise what else is a mapping."""
+    ranges = dict(learning_rate=dict(low=1e-3, high=1e-2))
+    small.rows.band_4.settings.update(search_space=ranges, schedules=dict(b2=(0.9, 0.99)))
+    _, optimizer = table.configs_of(small, 'band_4', 0)
+    assert optimizer.search_space.to_dict() == ranges
+    assert optimizer.schedules.to_dict() == dict(b2=(0.9, 0.99))
+    for rows in (pos_tagging.get_config(), pos_tagging_small.get_config()):
+        _, optimizer = table.configs_of(rows, 'sonew_band_4', 0)
+        assert sorted(optimizer.search_space) == ['b1', 'b2', 'learning_rate', 'relative_eps']
+
+
 def test_bad_table(small, tmp_path):
     with pytest.raises(ValueError, match=r"--rows='adamant' is in none of .*'adam'"):
         table.run(small, tmp_path, rows='adamant')
