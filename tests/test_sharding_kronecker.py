@@ -57,9 +57,10 @@ def test_nothing_moves_where_shards_hold_whole_blocks(name, shape, rule, spec, e
     for array, _ in held:
         wanted = NamedSharding(mesh, P(*expected))
         assert array.sharding.is_equivalent_to(wanted, array.ndim), array.sharding.spec
-    # The count of failed roots is one number.
+    # The counts of failed roots, one number each; some compilers send several at once.
     found = collectives(compiled.as_text())
-    assert set(found) <= {('all-reduce', 4)}, found
+    assert {kind for kind, _ in found} <= {'all-reduce'}, found
+    assert sum(size for _, size in found) <= 4 * 4, found
 
 
 @pytest.mark.parametrize('kind', KINDS, ids=str)

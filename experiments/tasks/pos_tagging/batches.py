@@ -52,7 +52,7 @@ def shapes(lengths: np.ndarray, buckets: Sequence[int], size: int) -> list[int]:
         if waiting >= size:
             used.add(length)
         waiting %= size
-    return sorted(used | ({buckets[bucket_of.max()]} if waiting else set()))
+    return sorted(used | ({buckets[int(bucket_of.max())]} if waiting else set()))
 
 
 def collate(
