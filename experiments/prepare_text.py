@@ -8,9 +8,9 @@ python -m experiments.main --task=configs/tasks/language_model.py:1b --task.sour
 
 Each of the parts, 0/64 to 63/64, may be made on its own machine, at the same time; what is there
 is not made again, what was cut off is. A document is in memory only while it is tokenised. A run
-then reads its own rows alone. Without --task.tokenizer_path a SentencePiece tokenizer is trained
-first, on a hundred million characters at most, the same in each process; it is written beside the
-parts, and taken from there once it is.
+then reads its own training rows alone. Without --task.tokenizer_path a SentencePiece tokenizer is
+trained first, on a hundred million characters at most, and written beside the parts; processes
+that find one there take it.
 """
 
 import json
@@ -47,14 +47,12 @@ def main(argv: list[str]) -> None:
             )
         documents = reading.of(config, flag.data_dir)
         folder = pathlib.Path(flag.out)
-        tokenizer = tokens.make(
-            config.tokenizer,
-            config.vocab_size,
-            config.tokenizer_path,
-            documents.train,
-            stored.kept(folder),
-        )
-        made = stored.write(folder, config, documents, config.tokenizer, tokenizer, index, count)
+        text = reading.identity(config, flag.data_dir)
+        how = config.tokenizer, config.vocab_size, config.tokenizer_path, documents.train
+        tokenizer = tokens.make(*how, stored.kept(folder))
+        # Another process may have been quicker, with another version of SentencePiece.
+        tokenizer = tokens.make(*how, stored.publish(folder, tokenizer.model))
+        made = stored.write(folder, text, documents, config.tokenizer, tokenizer, index, count)
     print(json.dumps(made))
 
 

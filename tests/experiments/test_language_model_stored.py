@@ -12,7 +12,7 @@ from experiments import tasks, train
 from experiments.tasks.language_model import batches, reading, stored, tokens
 from tests.experiments.small import config_of, lines, small_task, without_clock
 from tests.experiments.test_drivers import main
-from tests.experiments.test_language_model_data import SIZE
+from tests.experiments.test_language_model_data import SIZE, folder_of
 
 pytest.importorskip('sentencepiece')
 
@@ -30,12 +30,22 @@ def of_pieces(**changes):
 def write(folder, config, count=1, indices=None):
     """Some parts of a config's text; all by default."""
     documents = reading.of(config, None)
-    tokenizer = tokens.make(
-        config.tokenizer, config.vocab_size, '', documents.train, stored.kept(folder)
-    )
+    how = config.tokenizer, config.vocab_size, '', documents.train
+    tokenizer = tokens.make(*how, stored.kept(folder))
+    tokenizer = tokens.make(*how, stored.publish(folder, tokenizer.model))
     for index in range(count) if indices is None else indices:
-        stored.write(folder, config, documents, config.tokenizer, tokenizer, index, count)
+        text = reading.identity(config, None)
+        stored.write(folder, text, documents, config.tokenizer, tokenizer, index, count)
     return documents, tokenizer
+
+
+def names(folder):
+    """The files that are there, tokens aside."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != '.bin')
+
+
+def bins(folder):
+    return len(list(folder.glob('*.bin')))
 
 
 def from_disk(config, folder, **changes):
@@ -49,7 +59,10 @@ def from_disk(config, folder, **changes):
 def test_parts_are_the_text(make, count, tmp_path):
     """But for the end of a document that each begins with; more parts than documents are 8."""
     documents, tokenizer = write(tmp_path, make(), count)
-    streams = stored.load(tmp_path, make().tokenizer, tokenizer)
+    held = stored.load(tmp_path, make().tokenizer)
+    held.check(make().tokenizer, tokenizer)
+    streams = held.streams
+    assert bins(tmp_path) == 2 * count
     for split, own in documents._asdict().items():
         assert {type(stream) for stream in streams[split]} == {np.memmap}
         assert {int(stream[0]) for stream in streams[split]} == {tokenizer.end}
@@ -95,8 +108,18 @@ def test_a_run_reads_its_own_rows_alone(monkeypatch, tmp_path):
     assert len(asked) == len(set(asked)) == 64
 
 
+def test_processes_read_parts_of_each_batch(tmp_path):
+    write(tmp_path, lm(), 3)
+    rows = batches.Rows(stored.load(tmp_path, 'bytes').streams['train'], 8, 'train')
+    whole = batches.Source(rows, 6, 5, seed=0)
+    halves = [batches.Source(rows, 6, 5, 0, i, 2) for i in range(2)]
+    for step in range(5):
+        own = [half[step]['inputs'] for half in halves]
+        np.testing.assert_array_equal(np.concatenate(own), whole[step]['inputs'])
+
+
 def test_a_part_is_made_once_and_whole(monkeypatch, tmp_path):
-    """One that was cut off is made again; nothing of it stays."""
+    """One that was cut off is made again, and leaves nothing if it could."""
     encode, calls = tokens.Bytes.encode, []
 
     def failing(self, text):
@@ -108,12 +131,20 @@ def test_a_part_is_made_once_and_whole(monkeypatch, tmp_path):
     monkeypatch.setattr(tokens.Bytes, 'encode', failing)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, lm(), 2, [0])
-    assert list(tmp_path.iterdir()) == []
+    assert (names(tmp_path), bins(tmp_path)) == ([], 0)
     write(tmp_path, lm(), 2)
     made = len(calls)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['0_of_2', '1_of_2']
+    assert (names(tmp_path), bins(tmp_path)) == (['0_of_2.json', '1_of_2.json'], 4)
     write(tmp_path, lm(), 2)
     assert len(calls) == made
+
+
+def test_what_a_kill_leaves_is_in_no_one_s_way(tmp_path):
+    for name in ('0_of_2.train.abc.bin', '0_of_2.abc.begun', 'tokenizer.model.abc.begun'):
+        (tmp_path / name).write_bytes(b'1')
+    write(tmp_path, of_pieces(), 2)
+    stored.load(tmp_path, 'sentencepiece')
+    assert bins(tmp_path) == 5
 
 
 def test_two_processes_may_make_one_part(monkeypatch, tmp_path):
@@ -122,38 +153,87 @@ def test_two_processes_may_make_one_part(monkeypatch, tmp_path):
 
     def overtaken(*args):
         monkeypatch.setattr(stored, '_tokens', real)
-        monkeypatch.setattr(stored.os, 'getpid', lambda: 1)
         write(tmp_path, lm())
         return real(*args)
 
     monkeypatch.setattr(stored, '_tokens', overtaken)
     write(tmp_path, lm())
-    assert [path.name for path in tmp_path.iterdir()] == ['0_of_1']
+    assert (names(tmp_path), bins(tmp_path)) == (['0_of_1.json'], 2)
+    stored.load(tmp_path, 'bytes')
+
+
+def test_of_two_tokenizers_at_once_one_stays(monkeypatch, tmp_path):
+    def overtaken(begun, file):
+        file.write_bytes(b'first')
+        raise FileExistsError
+
+    monkeypatch.setattr(stored.os, 'link', overtaken)
+    assert stored.publish(tmp_path, b'second') == stored.kept(tmp_path) == b'first'
+
+
+@pytest.mark.parametrize('linked', [True, False])
+def test_the_first_tokenizer_stays(linked, monkeypatch, tmp_path):
+    """Where there are no links, too."""
+    if not linked:
+        monkeypatch.setattr(stored.os, 'link', lambda *_: (_ for _ in ()).throw(OSError))
+    assert stored.publish(tmp_path / 'new', b'first') == b'first'
+    assert stored.publish(tmp_path / 'new', b'second') == b'first'
+    assert names(tmp_path / 'new') == ['tokenizer.model']
+    assert stored.publish(tmp_path / 'none', b'') == b''
+
+
+def test_a_tokenizer_that_is_gone_comes_back(tmp_path):
+    _, tokenizer = write(tmp_path, of_pieces(), 2)
+    (tmp_path / 'tokenizer.model').unlink()
+    with pytest.raises(FileNotFoundError, match=r'no tokenizer.model; `.*prepare_text` puts it'):
+        tasks.make(from_disk(of_pieces(), tmp_path), None)
+    write(tmp_path, of_pieces(), 2, [0])
+    assert stored.kept(tmp_path) == tokenizer.model
+    tasks.make(from_disk(of_pieces(), tmp_path), None)
 
 
 def test_parts_of_another_text_are_refused(tmp_path):
     write(tmp_path, lm(), 2, [0])
     for changes, count, message in (
-        (dict(validation_fraction=0.1), 2, r'0_of_2: task.validation_fraction is 0.02 there, 0.1'),
-        (dict(), 3, r'0_of_2: parts is 2 there, 3 here; .* by the same flags'),
+        (dict(validation_fraction=0.1), 2, r'0_of_2.json: task.validation_fraction is 0.02 there'),
+        (dict(), 3, r'0_of_2.json: parts is 2 there, 3 here; .* by the same flags'),
         (dict(tokenizer='sentencepiece', vocab_size=SIZE), 2, "task.tokenizer is 'bytes' there"),
     ):
         with pytest.raises(ValueError, match=message):
             write(tmp_path, lm(**changes), count, [1])
     other = tmp_path / 'other'
     write(other, lm(validation_fraction=0.1), 2, [1])
-    shutil.move(other / '1_of_2', tmp_path / '1_of_2')
-    with pytest.raises(ValueError, match=r'1_of_2: task.validation_fraction is 0.1 there, 0.02'):
-        stored.load(tmp_path, 'bytes', tokens.Bytes())
+    for file in other.iterdir():
+        shutil.copy(file, tmp_path)
+    with pytest.raises(ValueError, match=r'1_of_2.json: task.validation_fraction is 0.1 there'):
+        stored.load(tmp_path, 'bytes')
+
+
+def test_parts_of_another_list_of_files_are_refused(tmp_path):
+    """A file more, or one that is longer now: documents would come twice, or not at all."""
+    texts = tmp_path / 'texts'
+    texts.mkdir()
+    folder_of(texts, a='a' * 99, b='b' * 99)
+    config = lm(source='text', files=(str(texts),))
+    write(tmp_path / 'out', config, 2, [0])
+    reading.load.cache_clear()
+    folder_of(texts, b='b' * 100)
+    with pytest.raises(ValueError, match=r'0_of_2.json: files is .* there'):
+        write(tmp_path / 'out', config, 2, [1])
+    folder_of(texts, b='b' * 99, c='c')
+    with pytest.raises(ValueError, match=r'0_of_2.json: files is .* there'):
+        write(tmp_path / 'out', config, 2, [1])
 
 
 def test_what_a_run_refuses(tmp_path):
     with pytest.raises(ValueError, match=r'needs task.files to be one folder, .* got \(\)'):
         tasks.make(lm(source='tokens', files=()), None)
-    with pytest.raises(FileNotFoundError, match=r'no parts of a text, as `python -m exp'):
-        tasks.make(from_disk(lm(), tmp_path), None)
-    write(tmp_path, of_pieces(), 4, [0, 2])
+    with pytest.raises(ValueError, match=r'evaluate_batches must be an integer >= 1 with .*got 0'):
+        tasks.make(from_disk(lm(), tmp_path, evaluate_batches=0), None)
     config = from_disk(of_pieces(), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r'no parts of a text, as `python -m exp'):
+        tasks.make(config, None)
+    write(tmp_path, of_pieces(), 4, [0, 2])
     with pytest.raises(FileNotFoundError, match=r'of 4 parts there are no \[1, 3\]'):
         tasks.make(config, None)
     write(tmp_path, of_pieces(), 4)
@@ -163,14 +243,21 @@ def test_what_a_run_refuses(tmp_path):
         tasks.make(from_disk(of_pieces(), tmp_path, vocab_size=300), None)
     other = tmp_path / 'other.model'
     other.write_bytes(tokens.train(reading.of(lm(), None).train, SIZE - 20))
-    with pytest.raises(ValueError, match=r'tokenizer.model is .* there, .* in this run'):
+    with pytest.raises(ValueError, match=r'other.model is not the model that the run began with'):
         tasks.make(from_disk(of_pieces(), tmp_path, tokenizer_path=str(other)), None)
-    file = tmp_path / '3_of_4' / 'train.bin'
+    workdir = tmp_path / 'workdir'
+    workdir.mkdir()
+    shutil.copy(other, workdir / 'tokenizer.model')
+    with pytest.raises(ValueError, match=r'tokenizer.model is .* there, .* in this run'):
+        tasks.make(config, None, workdir)
+    (file,) = tmp_path.glob('3_of_4.train.*.bin')
     file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r'3_of_4/train.bin has \d+ tokens, \d+ were written'):
+    with pytest.raises(
+        ValueError, match=r'bin has \d+ bytes, \d+ tokens of 2 were .* 3_of_4.json'
+    ):
         tasks.make(config, None)
-    (tmp_path / '0_of_4' / 'part.json').write_text('{}')
-    with pytest.raises(ValueError, match=r'part.json does not tell of a part of a text'):
+    (tmp_path / '0_of_4.json').write_text('{}')
+    with pytest.raises(ValueError, match=r'0_of_4.json does not tell of a part of a text'):
         tasks.make(config, None)
 
 

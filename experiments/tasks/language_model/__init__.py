@@ -2,11 +2,12 @@
 
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import precond_optax
@@ -52,6 +53,11 @@ def _check(config: Mapping[str, Any]) -> None:
             'task.width must be an even multiple of task.heads, and task.heads a multiple of '
             f'task.kv_heads, got {width}, {heads} and {kv_heads}.'
         )
+    if config['source'] == stored.SOURCE and not config['evaluate_batches']:
+        raise ValueError(
+            'task.evaluate_batches must be an integer >= 1 with source '
+            f'{stored.SOURCE!r}: each process has the rows of an evaluation in memory; got 0.'
+        )
     for name, allowed in dict(
         remat=list(model.REMAT),
         attention=list(model.ATTENTION),
@@ -91,11 +97,10 @@ def _load(
     file = None if workdir is None else pathlib.Path(workdir) / tokens.FILE
     kept = file.read_bytes() if file and file.exists() else b''
     if config['source'] == stored.SOURCE:
-        folder = stored.folder(config['files'], data_dir)
-        if (folder / tokens.FILE).exists():
-            path = path or str(folder / tokens.FILE)
-        tokenizer = tokens.make(kind, config['vocab_size'], path, (), kept)
-        streams = stored.load(folder, kind, tokenizer)
+        held = stored.load(stored.folder(config['files'], data_dir), kind)
+        tokenizer = tokens.make(kind, config['vocab_size'], path, (), kept or held.model)
+        held.check(kind, tokenizer)
+        streams: Mapping[str, Sequence[np.ndarray]] = held.streams
     else:
         documents = reading.of(config, data_dir)
         tokenizer = tokens.make(kind, config['vocab_size'], path, documents.train, kept)

@@ -2,6 +2,8 @@
 
 import functools
 import glob
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
@@ -58,6 +60,16 @@ def of(config: Mapping[str, Any], data_dir: str | None) -> Documents:
     return load(*(tuple(x) if isinstance(x, list) else x for x in given), data_dir)
 
 
+def identity(config: Mapping[str, Any], data_dir: str | None) -> dict[str, Any]:
+    """What says which text a config's is: fields, and of files their names and sizes."""
+    found = {f'task.{name}': config[name] for name in FIELDS}
+    if config['source'] == 'text':
+        paths = _paths(tuple(config['files']), data_dir)
+        listed = [(path.name, path.stat().st_size) for path in paths]
+        found['files'] = hashlib.sha256(repr(listed).encode()).hexdigest()
+    return json.loads(json.dumps(found))
+
+
 @functools.cache  # a sweep lists its data once
 def load(
     source: str,
@@ -81,7 +93,7 @@ def load(
       data_dir: where the data lie.
 
     Raises:
-      ValueError: if the source is unknown or a file has no text.
+      ValueError: if the source is unknown; where it is read, if a file has no text.
       FileNotFoundError: if the data are not there.
     """
     if source == 'text':
