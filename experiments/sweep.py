@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_dict, config_flags
 
 from experiments import main as main_lib
@@ -176,8 +176,14 @@ def sweep(
         config.update(values_of(trial, search['space']))
         return train.prepare(task_config, config, root / f'{trial.number:03d}', data_dir)
 
-    stops = {train.checkpoint_at(task, task_config, part) for part in search['rungs']}
-    for stop in sorted(stops - {task.num_steps}):
+    stops = {part: train.checkpoint_at(task, task_config, part) for part in search['rungs']}
+    if late := [part for part, stop in stops.items() if stop == task.num_steps]:
+        logging.warning(
+            'no trial is stopped at %s of a run: the next checkpoint is its end; a smaller '
+            'checkpoint_every of the task makes the search shorter.',
+            late,
+        )
+    for stop in sorted({*stops.values()} - {task.num_steps}):
         left = _running(study)
         losses = _to_rung([prepared(trial) for trial in left], stop, together)
         for trial, loss in zip(left, losses, strict=True):

@@ -2,7 +2,7 @@
 
 For CPUs, so with shorter runs than the sizes' own: tiny on the novels' bytes, small on their
 SentencePiece tokens. What a row does not set is the optimizer config's. Searches take shorter runs
-by `--table.settings.steps=N --table.settings.warmup_steps=M`.
+by `--table.settings.steps=N --table.settings.warmup_steps=M`; trials are stopped at checkpoints.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ _LENGTHS = dict(
         steps=2000,
         warmup_steps=200,
         log_every=50,
-        checkpoint_every_steps=500,
+        checkpoint_every_steps=50,
         evaluate_every_steps=250,
         evaluate_batches=64,
     ),
@@ -29,7 +29,7 @@ _LENGTHS = dict(
         steps=600,
         warmup_steps=60,
         log_every=20,
-        checkpoint_every_steps=100,
+        checkpoint_every_steps=60,
         evaluate_every_steps=100,
         evaluate_batches=32,
     ),

@@ -166,8 +166,10 @@ def test_worst_trials_are_stopped_at_each_rung(tmp_path):
     assert trials[0]['metric'] == best['train_loss']
 
 
-def test_rungs_are_at_checkpoints(tmp_path):
+def test_rungs_are_at_checkpoints(tmp_path, monkeypatch):
     """Two at one step are one, and one at the last step, which is not a multiple, is none."""
+    told = []
+    monkeypatch.setattr(sweep.logging, 'warning', lambda text, *args: told.append(text % args))
     task = small_task(checkpoint_every_steps=6, checkpoint_every_epochs=None)  # of 8 steps
     made = train.check(task, config_of('optimizers', 'sgd'))
     parts = (0.1, 0.5, 0.75, 0.8)
@@ -175,6 +177,8 @@ def test_rungs_are_at_checkpoints(tmp_path):
     search = random_search(rungs=parts)
     trials = sweep.sweep(task, config_of('optimizers', 'sgd'), search, tmp_path)
     assert [t.get('stopped_at') for t in trials] == [None, None, 6, 6]
+    assert len(told) == 1
+    assert told[0].startswith('no trial is stopped at [0.8] of a run')
 
 
 @pytest.mark.slow
