@@ -17,6 +17,7 @@ _SMALLER = dict(
 )
 _FOUND = dict(
     adam=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.003679),
+    block_adam=dict(b1=0.8819, b2=0.9978, eps=1.473e-06, learning_rate=0.006383),
     sonew_tridiagonal=dict(b1=0.8437, b2=0.9908, learning_rate=0.01633, relative_eps=1.616e-06),
     sonew_band_4=dict(b1=0.8506, b2=0.827, learning_rate=0.01923, relative_eps=0.0004511),
     shared_basis=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
