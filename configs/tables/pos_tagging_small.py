@@ -22,6 +22,7 @@ _FOUND = dict(
     sonew_band_4=dict(b1=0.8506, b2=0.827, learning_rate=0.01923, relative_eps=0.0004511),
     shared_basis=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
     soaa=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, gamma=0.316, learning_rate=0.002146),
+    shampoo_1024=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
 )
 
 
