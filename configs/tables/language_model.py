@@ -3,6 +3,8 @@
 For CPUs, so with shorter runs than the sizes' own: tiny on the novels' bytes, small on their
 SentencePiece tokens. What a row does not set is the optimizer config's. Searches take shorter runs
 by `--table.settings.steps=N --table.settings.warmup_steps=M`; trials are stopped at checkpoints.
+Floats are the best of the row's search, where there is one, with four digits
+(`experiments/results/language_model/tiny_search` and `small_search`).
 """
 
 from typing import Any
@@ -34,6 +36,15 @@ _LENGTHS = dict(
         evaluate_batches=32,
     ),
 )
+_FOUND: dict[str, dict[str, dict[str, float]]] = dict(
+    tiny=dict(
+        adamw=dict(
+            b1=0.8801, b2=0.994, eps=1.322e-05, learning_rate=0.008868, weight_decay=0.2124
+        ),
+        adafactor=dict(learning_rate=0.02682, momentum=0.9295),
+    ),
+    small=dict(),
+)
 
 
 def _row(optimizer: str, label: str, **settings: Any) -> dict[str, Any]:
@@ -48,6 +59,18 @@ def get_config(size: str = 'tiny') -> config_dict.ConfigDict:
     """
     if size not in _LENGTHS:
         raise ValueError(f'there are tables of {list(_LENGTHS)}, got {size!r}.')
+    rows = dict(
+        adamw=_row('adamw', 'AdamW'),
+        adafactor=_row('adafactor', 'Adafactor'),
+        sonew_tridiagonal=_row('sonew', 'SONew, tridiagonal', **pos_tagging.SONEW),
+        sonew_band_4=_row('sonew', 'SONew, band 4', band=4, **pos_tagging.SONEW),
+        shared_basis=_row('shared_basis', 'shared basis, rank 32'),
+    )
+    if size == 'small':  # roots of rank 32 in each step would take a CPU longer than the model
+        cheaper = dict(rank=8, update_every=10)
+        rows['shared_basis'] = _row('shared_basis', 'shared basis, rank 8, every 10', **cheaper)
+    for name, found in _FOUND[size].items():
+        rows[name]['settings'].update(found)
     return config_dict.ConfigDict(
         dict(
             task=f'language_model:{size}',
@@ -58,12 +81,6 @@ def get_config(size: str = 'tiny') -> config_dict.ConfigDict:
                 ('train_loss', 'train loss'),
             ),
             reference='adamw',
-            rows=dict(
-                adamw=_row('adamw', 'AdamW'),
-                adafactor=_row('adafactor', 'Adafactor'),
-                sonew_tridiagonal=_row('sonew', 'SONew, tridiagonal', **pos_tagging.SONEW),
-                sonew_band_4=_row('sonew', 'SONew, band 4', band=4, **pos_tagging.SONEW),
-                shared_basis=_row('shared_basis', 'shared basis, rank 32'),
-            ),
+            rows=rows,
         )
     )
