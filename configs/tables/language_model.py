@@ -42,6 +42,7 @@ _FOUND: dict[str, dict[str, dict[str, float]]] = dict(
             b1=0.8801, b2=0.994, eps=1.322e-05, learning_rate=0.008868, weight_decay=0.2124
         ),
         adafactor=dict(learning_rate=0.02682, momentum=0.9295),
+        sonew_tridiagonal=dict(b1=0.8506, b2=0.827, learning_rate=0.01923, relative_eps=0.0004511),
     ),
     small=dict(),
 )
