@@ -13,7 +13,8 @@ Trials that differ in floats alone are trained together in one program, as many 
 by default one on CPUs, which gain nothing by it, and elsewhere as many as the device has room for.
 
 The least value of the search's metric, train_loss if it names none, is the best, but for the one
-that a task tracks, such as a tagger's best_dev_accuracy, of which it is the largest.
+that a task tracks, such as a tagger's best_dev_accuracy, of which it is the largest. A search for
+that stops trials by it; the others by the training loss.
 """
 
 import itertools
@@ -120,11 +121,12 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Runs the trials of a search.
 
-    At each of ``search.rungs``, parts of a run, the trials that are left are compared by the mean
-    loss that they last logged, and the best ``search.keep`` of them go on. All trials come to
-    a rung before any goes on, so which ones are stopped does not depend on the order or on how
-    many are trained together. A rung is at a step with a checkpoint; one that falls on the last
-    step stops none.
+    At each of ``search.rungs``, parts of a run, the trials that are left are compared, and the
+    best ``search.keep`` of them go on: by the mean loss that they last logged, or, where the
+    search is for what the task tracks, by the best of that so far. All trials come to a rung
+    before any goes on, so which ones are stopped does not depend on the order or on how many are
+    trained together. A rung is at a step with a checkpoint; one that falls on the last step stops
+    none.
 
     Args:
       task_config: see ``configs/tasks``.
@@ -185,10 +187,11 @@ def sweep(
         )
     for stop in sorted({*stops.values()} - {task.num_steps}):
         left = _running(study)
-        losses = _to_rung([prepared(trial) for trial in left], stop, together)
-        for trial, loss in zip(left, losses, strict=True):
+        experiments = [prepared(trial) for trial in left]
+        values = _to_rung(experiments, stop, together, task.tracked if sign < 0 else '')
+        for trial, value in zip(left, values, strict=True):
             if stop not in trial.intermediate_values:
-                optuna.trial.Trial(study, trial._trial_id).report(loss, stop)
+                optuna.trial.Trial(study, trial._trial_id).report(value, stop)
         # All that ever came here compete, so trials that are added later must be among the best.
         came = [t for t in study.trials if stop in t.intermediate_values]
         came.sort(key=lambda trial: trial.intermediate_values[stop])
@@ -278,18 +281,32 @@ def _row(trial: Any, search: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_rung(
-    experiments: Sequence[train.Experiment], stop: int, together: int | None
+    experiments: Sequence[train.Experiment], stop: int, together: int | None, tracked: str
 ) -> list[float]:
-    """Trains all up to a step; the mean losses logged there."""
+    """Trains all up to a step; the numbers by which they are compared there, see `at_rung`."""
 
-    def losses() -> list[float | None]:
-        logs = [workdir_lib.read_metrics(experiment.run.path) for experiment in experiments]
-        by_step = [{row['step']: _finite(row['loss']) for row in rows} for rows in logs]
-        return [rows.get(stop) for rows in by_step]
+    def logs() -> list[list[dict[str, Any]]]:
+        return [workdir_lib.read_metrics(experiment.run.path) for experiment in experiments]
 
-    missing = [e for e, loss in zip(experiments, losses(), strict=True) if loss is None]
+    there = [any(row['step'] == stop for row in rows) for rows in logs()]
+    missing = [e for e, is_there in zip(experiments, there, strict=True) if not is_there]
     _train(missing, together, stop_after=stop)
-    return [loss for loss in losses() if loss is not None]
+    return [at_rung(rows, stop, tracked) for rows in logs()]
+
+
+def at_rung(rows: Sequence[Mapping[str, Any]], stop: int, tracked: str = '') -> float:
+    """What a trial's log says of it at a step, the less the better.
+
+    Example:
+      >>> rows = [{'step': 1, 'loss': 3.0, 'dev_accuracy': 0.7}, {'step': 2, 'loss': 2.0}]
+      >>> at_rung(rows, 2), at_rung(rows, 2, 'dev_accuracy')
+      (2.0, -0.7)
+    """
+    so_far = [row for row in rows if row['step'] <= stop]
+    measured = [row[tracked] for row in so_far if row.get(tracked) is not None]
+    if measured:
+        return -max(measured)
+    return next(_finite(row['loss']) for row in so_far if row['step'] == stop)
 
 
 def _train(

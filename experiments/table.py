@@ -339,10 +339,11 @@ def write(table: Mapping[str, Any], root: pathlib.Path) -> str:
         others += left_out
     reference = table.get('reference', _REFERENCE)
     compared = runs.get(reference) or []
+    every = [own for found in runs.values() for own in found]
     lines = [_line(table, row, runs[row], compared) for row in entries]
+    lines += _baselines(table, every)
     lines.sort(key=lambda line: line[0])
     notes = [f'{_label(row, e)}: {e["note"]}' for row, e in entries.items() if e.get('note')]
-    every = [own for found in runs.values() for own in found]
     to = f'to {_label(reference, entries.get(reference, {}))}'
     costs = (name for cost, _ in _COSTS for name in (cost.header, to))
     header = (
@@ -399,6 +400,32 @@ def _spread(runs: Sequence[report.Run], metric: Metric) -> str:
         return 'nan'
     half = f' ± {metric.show((max(values) - min(values)) / 2)}' if len(values) > 1 else ''
     return f'{metric.show(statistics.fmean(values))}{half}'
+
+
+def _baselines(
+    table: Mapping[str, Any], runs: Sequence[report.Run]
+) -> list[tuple[float, list[str]]]:
+    """What the runs' summaries say of what learns nothing: a line, or none, of a table with one.
+
+    The table's ``baseline`` has a ``label`` and, by a column's name, where its number stands.
+    """
+    if (entry := table.get('baseline')) is None:
+        return []
+    metrics, places = metrics_of(table), entry['metrics']
+    wanted = [m._replace(name=places[m.name]) if m.name in places else None for m in metrics]
+    found = {tuple(m and m.of(own.summary) for m in wanted) for own in runs}
+    blank = [''] * (2 + 2 * len(_COSTS))
+    return [
+        (
+            _rank(values[0], bool(table.get('largest'))),
+            [
+                entry['label'],
+                *('' if v is None else m.show(v) for m, v in zip(metrics, values, strict=True)),
+                *blank,
+            ],
+        )
+        for values in sorted(found)
+    ]
 
 
 def _line(

@@ -77,9 +77,9 @@ def get_config(size: str = 'tiny') -> config_dict.ConfigDict:
             task=f'language_model:{size}',
             settings=_LENGTHS[size],
             metrics=(
-                ('validation_loss', 'validation loss'),
-                ('validation_bits_per_byte', 'bits per byte'),
-                ('train_loss', 'train loss'),
+                ('validation_loss', 'validation loss', 1.0, 3),
+                ('validation_bits_per_byte', 'bits per byte', 1.0, 3),
+                ('train_loss', 'train loss', 1.0, 3),
             ),
             reference='adamw',
             rows=rows,

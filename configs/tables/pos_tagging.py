@@ -39,6 +39,13 @@ def get_config() -> config_dict.ConfigDict:
                 ('at_best_dev/dev_sentence_accuracy', 'dev sentences %', 100.0),
             ),
             largest=True,
+            baseline=dict(
+                label='most frequent tag',
+                metrics={
+                    'best_dev_accuracy': 'most_frequent_tag/dev_accuracy',
+                    'at_best_dev/test_accuracy': 'most_frequent_tag/test_accuracy',
+                },
+            ),
             rows=dict(
                 adam=_row('adam', label='Adam', reported=67.36),
                 block_adam=_row(

@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import sweep, train
+from experiments import sweep, tasks, train
+from tests.experiments import stand_in
 from tests.experiments.small import OPTIMIZERS, ROOT, config_of, lines, small_task, without_clock
 
 
@@ -164,6 +165,27 @@ def test_worst_trials_are_stopped_at_each_rung(tmp_path):
         assert {t for t, step in steps.items() if step > stop} == set(best)
     best = json.loads((tmp_path / trials[0]['trial'] / 'summary.json').read_text())
     assert trials[0]['metric'] == best['train_loss']
+
+
+def test_a_search_for_what_is_tracked_stops_by_it(tmp_path, monkeypatch):
+    """The stand-in tracks the largest loss, of which the loss would keep the other ones."""
+    monkeypatch.setitem(tasks._MODULES, 'stand_in', 'tests.experiments.stand_in')
+    task = stand_in.get_config()
+    task.update(evaluate_every_steps=2)
+    rates = {'learning_rate': {'grid': (1e-4, 1e-3, 1e-2, 1e-1)}}
+    search = random_search(sampler='grid', space=rates, rungs=(0.5,), metric='best_train_loss')
+    trials = sweep.sweep(task, config_of('optimizers', 'sgd'), search, tmp_path)
+    assert [t.get('stopped_at') for t in trials] == [None, None, 6, 6]
+    worst = {
+        t['trial']: max(
+            row['train_loss']
+            for row in lines(tmp_path / t['trial'])
+            if row['step'] <= 6 and 'train_loss' in row
+        )
+        for t in trials
+    }
+    assert min(worst[t['trial']] for t in trials[:2]) > max(worst[t['trial']] for t in trials[2:])
+    assert {t['hyperparameters']['learning_rate'] for t in trials[:2]} == {1e-4, 1e-3}
 
 
 def test_rungs_are_at_checkpoints(tmp_path, monkeypatch):

@@ -332,6 +332,16 @@ def test_a_table_sorted_by_the_largest(small, tmp_path):
     assert [cell.strip() for cell in first.split('|')[1:4]] == ['adam', '75.00', '1.50']
     assert [cell.strip() for cell in second.split('|')[1:4]] == ['sgd', '25.00', '0.50']
     assert pyplot.imread(tmp_path / 'table.png').shape[0] == 2 * plain[0]
+    places = {'best_dev_accuracy': 'words_alone/dev'}
+    small.baseline = {'label': 'words alone', 'metrics': places}
+    for row in ('sgd', 'adam'):
+        file = tmp_path / row / 'seed_0/summary.json'
+        held = json.loads(file.read_text()) | {'words_alone': {'dev': 0.5}}
+        file.write_text(json.dumps(held))
+    lines = table.write(small, tmp_path).splitlines()
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines[2:5]]
+    assert [row[0] for row in rows] == ['adam', 'words alone', 'sgd']
+    assert rows[1][1:] == ['50.00', *[''] * (len(names) - 2)]
 
 
 COMMITTED = {
