@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -59,7 +60,12 @@ def make(config: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mes
     if len(free) > 1 or math.prod(sizes.values()) != len(devices):  # type: ignore[arg-type]
         raise ValueError(f'{text}; their product must be {len(devices)}, the number of devices.')
     shape = tuple(sizes[name] for name in AXES)
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)  # type: ignore[arg-type]
+    kinds = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, kinds, devices=devices)  # type: ignore[arg-type]
+    except NotImplementedError:  # no product of the torus' own axes: then of parts of them
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)  # type: ignore[arg-type]
+        return Mesh(array, AXES, axis_types=kinds)
 
 
 def of(config: Mapping[str, Any]) -> Mesh | None:

@@ -417,7 +417,7 @@ def _baselines(
     blank = [''] * (2 + 2 * len(_COSTS))
     return [
         (
-            _rank(values[0], bool(table.get('largest'))),
+            _rank(math.nan if values[0] is None else values[0], bool(table.get('largest'))),
             [
                 entry['label'],
                 *('' if v is None else m.show(v) for m, v in zip(metrics, values, strict=True)),

@@ -11,6 +11,8 @@ what the optimizer does are no part of it. Null where the peak is not known, see
 ``step_seconds_p50`` and ``step_seconds_p99`` are percentiles of the times between the ends of
 steps that follow each other, see `Watch`; they include waiting for a batch. Where a row's steps
 are one compiled scan, nothing is seen of the single ones: both are the mean.
+
+``optimizer_share`` is `optimizer_seconds` over the mean of a row's step times.
 """
 
 import collections
@@ -225,10 +227,13 @@ class Telemetry:
       devices: that take part.
       options: of the runs.
       folder: where a trace and the files for TensorBoard go, of the first process alone.
+      step: from which the runs go on.
 
     """
 
-    def __init__(self, task: Any, devices: int, options: Options, folder: pathlib.Path) -> None:
+    def __init__(
+        self, task: Any, devices: int, options: Options, folder: pathlib.Path, step: int = 0
+    ) -> None:
         self._task, self._devices, self._options = task, devices, options
         first = jax.process_index() == 0
         self.watch = Watch(options.profile if first else None, folder / 'profile')
@@ -236,7 +241,10 @@ class Telemetry:
         if options.tensorboard and first:
             import tensorboardX
 
-            self._board = tensorboardX.SummaryWriter(str(folder / 'tensorboard'))
+            # What was shown of steps after the checkpoint is taken back: they are run again.
+            self._board = tensorboardX.SummaryWriter(
+                str(folder / 'tensorboard'), purge_step=step + 1 if step else None
+            )
         self._optimizer: float | None = None
 
     def measure(self, tx: optax.GradientTransformation, carry: Any, period: int = 1) -> None:
@@ -245,10 +253,12 @@ class Telemetry:
 
     def rates(self) -> dict[str, Any]:
         """What a log line says of the speed of the steps since the watch was started."""
-        row = rates(self._task, self._devices, self._options, self.watch.times)
+        times = self.watch.times
+        row = rates(self._task, self._devices, self._options, times)
         if self._optimizer is not None:
             row['optimizer_seconds'] = self._optimizer
-            row['optimizer_share'] = self._optimizer / row['step_seconds_p50']
+            # Mean by mean: the median would leave out steps with what is not done in each.
+            row['optimizer_share'] = self._optimizer * len(times) / sum(times)
         return row
 
     def show(self, run: int, row: Mapping[str, Any]) -> None:

@@ -181,7 +181,9 @@ class _Loop:
         ]
         places: Any = self._program.shardings
         devices = 1 if places is None else len(places.step.device_set)
-        self._telemetry = telemetry.Telemetry(self._task, devices, options, self._runs[0].path)
+        self._telemetry = telemetry.Telemetry(
+            self._task, devices, options, self._runs[0].path, self._step
+        )
         if options.measure_optimizer and self._lengths:
             mesh = None if places is None else places.step.mesh
             chosen = experiments[0].optimizer_config
@@ -198,6 +200,10 @@ class _Loop:
         task, total, first = self._task, self._task.num_steps, self._step
         save_every = _every(task, self._config, 'checkpoint')
         assert save_every is not None
+        # While it was read and compiled; what is there is saved. Several processes agree on the
+        # step after the last one that was asked for, which is never asked for again.
+        if stop.reached(0, first) and first < total:
+            raise SystemExit(preemption.EXIT_CODE)
         with tqdm.tqdm(total=total, initial=first, unit='step', disable=not progress) as bar:
             for length in self._lengths:
                 bar.set_postfix(self._segment(length))

@@ -1,5 +1,6 @@
 """A run's folder: its configuration, its log, its checkpoints, its summary."""
 
+import hashlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ CARRIED_OUT = ('mesh', 'accumulation', 'max_to_keep')
 # Fields that configs were given later, and what a run did that was begun without them.
 ADDED: dict[str, Any] = {
     'task.compute_dtype': 'float32',
+    'task.word_dropout': 0.0,
     'optimizer.impl': 'auto',
     'optimizer.nesterov': False,
     'optimizer.schedules': {},
@@ -124,7 +126,8 @@ class Workdir:
       artifacts: further files of the run.
 
     Raises:
-      ValueError: if the folder holds another configuration, or other artifacts.
+      ValueError: if the folder holds another configuration, or other artifacts, or another process
+        has other ones.
     """
 
     def __init__(
@@ -142,6 +145,7 @@ class Workdir:
             self._claim(held, {'task': plain(task_config), 'optimizer': plain(optimizer_config)})
             self._keep(artifacts or {})
 
+        _same_in_all_processes(artifacts or {})
         _first_process(claim)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=task_config.get('max_to_keep', 1),
@@ -178,7 +182,10 @@ class Workdir:
                 partial.write_bytes(content)
                 os.replace(partial, file)
             elif file.read_bytes() != content:
-                raise ValueError(f'{file} is not what the data give now; the run cannot go on.')
+                raise ValueError(
+                    f'{file} is not what the data give now: the run began with others, and cannot '
+                    'go on with these.'
+                )
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a line to ``metrics.jsonl``; on the disk when this returns."""
@@ -242,6 +249,20 @@ class Workdir:
             return summary
         write_json(self.path / 'summary.json', summary)
         return summary
+
+
+def _same_in_all_processes(artifacts: Mapping[str, bytes]) -> None:
+    """Raises ``ValueError``, in all of them, if the files differ: each has read its own data."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(repr(sorted(artifacts.items())).encode()).digest()
+    own = np.frombuffer(digest, np.uint32)
+    if (others := multihost_utils.process_allgather(own) != own).any():
+        raise ValueError(
+            f'process {jax.process_index()} has other {sorted(artifacts)} than processes '
+            f'{np.flatnonzero(others.any(axis=-1)).tolist()}: all must see the same data, and '
+            'have the same versions of what reads them.'
+        )
 
 
 def _first_process(action: Callable[[], None]) -> None:

@@ -24,6 +24,7 @@ def get_config() -> config_dict.ConfigDict:
             qkv=512,  # width of queries, keys and values, all heads together
             mlp=2048,  # hidden units
             dropout=0.3,
+            word_dropout=0.0,  # the part of the words that training takes for unknown
             dtype='float32',  # or bfloat16: of the arithmetic; the parameters are float32
             buckets=(8, 12, 16, 24, 32, 48, 80, 160),  # lengths that sentences are padded to
             batch_size=128,  # sentences

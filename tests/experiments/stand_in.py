@@ -6,6 +6,8 @@ Run as a module it is ``experiments.main`` with this task among the others:
 """
 
 import math
+import os
+import signal
 import time
 
 import jax
@@ -78,6 +80,9 @@ def make_task(config, data_dir):
 
     def batches(step):
         share = size // count
+        if index == 1 and os.environ.get('STAND_IN_SIGTERM'):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3)  # until the others have been told
         while True:
             epoch, place = divmod(step, per_epoch)
             order = np.random.default_rng(epoch).permutation(EXAMPLES)

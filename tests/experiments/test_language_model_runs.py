@@ -1,5 +1,6 @@
 """The language model as a task: what it evaluates, refuses, keeps and resumes."""
 
+import json
 import math
 
 import jax
@@ -34,7 +35,7 @@ def test_task_s_numbers(tmp_path):
     assert (task.num_steps, task.steps_per_epoch, task.epochs) == (5, 5, 1)
     assert task.tokens_per_step == 24
     assert task.flops_per_token == model.flops_per_token(task_lib.sizes(lm()), 8)
-    assert task.artifacts == {}
+    assert list(task.artifacts) == ['text.json'], 'no tokenizer: its tokens are bytes'
     params = jax.eval_shape(task.init, jax.random.key(0))
     names = jax.tree.map(len, task.logical_axes, is_leaf=lambda x: isinstance(x, tuple))
     assert names == jax.tree.map(lambda x: len(x.shape), params)
@@ -43,7 +44,23 @@ def test_task_s_numbers(tmp_path):
 def test_tokenizer_is_an_artifact():
     task = tasks.make(lm(tokenizer='sentencepiece', vocab_size=SIZE), None)
     documents = reading.load('synthetic', validation_fraction=0.02)
-    assert task.artifacts == {'tokenizer.model': tokens.train(documents.train, SIZE)}
+    assert task.artifacts['tokenizer.model'] == tokens.train(documents.train, SIZE)
+
+
+def test_a_run_does_not_go_on_with_another_text(tmp_path):
+    """Not even with one as long; where it lies does not matter."""
+    made = lm(source='text', files=('*.txt',), validation_fraction=0.1, batch_size=8)
+    adam, roots = config_of('optimizers', 'adam'), []
+    for name, text in (('one', 'abcdefghij'), ('moved', 'abcdefghij'), ('other', 'abcdefghiJ')):
+        (tmp_path / name).mkdir()
+        roots.append(folder_of(tmp_path / name, a=text * 20, b='klm' * 40))
+    for root in roots[:2]:
+        with train.prepare(made, adam, tmp_path / 'run', root).run:
+            pass
+    held = json.loads((tmp_path / 'run/text.json').read_text())
+    assert held['rows']['train'] == (180 + 108 + 3 - 1) // 8
+    with pytest.raises(ValueError, match=r'text.json is not what the data give now'):
+        train.prepare(made, adam, tmp_path / 'run', roots[2])
 
 
 def test_evaluation_is_that_of_all_rows():

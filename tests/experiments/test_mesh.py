@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from experiments import mesh as mesh_lib
+from experiments import tpu_compile
 
 
 def config(*sizes):
@@ -44,6 +45,20 @@ def test_a_run_has_a_mesh_if_its_config_says_so(monkeypatch):
     assert mesh_lib.of({'mesh': config(2, 2, 2)}).shape['fsdp'] == 2
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
     assert tuple(mesh_lib.of({}).shape.values()) == (8, 1, 1)
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+    ('topology', 'sizes'),
+    [('v5p:4x4x4', (1, 32, 2)), ('v5p:4x4x4', (2, 8, 4)), ('v6e:4x4', (1, 8, 2))],
+)
+def test_meshes_that_divide_an_axis_of_the_torus(topology, sizes):
+    pytest.importorskip('libtpu')
+    devices = tpu_compile.pod_devices(topology).ravel().tolist()
+    mesh = mesh_lib.make(config(*sizes), devices)
+    assert mesh.devices.shape == sizes
+    assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 3
+    assert {device.id for device in mesh.devices.ravel()} == {device.id for device in devices}
 
 
 def test_rules():

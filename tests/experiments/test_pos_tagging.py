@@ -3,6 +3,7 @@
 import collections
 import functools
 import itertools
+import json
 import types
 
 import hypothesis
@@ -145,6 +146,25 @@ def test_dropout():
     np.testing.assert_allclose(call(params, words), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(call(params, words, keys[0]), call(params, words, keys[0]))
     assert np.abs(call(params, words, keys[0]) - call(params, words, keys[1])).max() > 0.1
+
+
+SITES = {
+    'embedding': lambda net: (net.dropout, 'rate'),
+    'weights': lambda net: (net.layer_0.attention, 'dropout_rate'),
+    'hidden': lambda net: (net.layer_0.mlp.dropout, 'rate'),
+    'added': lambda net: (net.layer_0.dropout, 'rate'),
+}
+
+
+@pytest.mark.parametrize('site', [None, *SITES])
+def test_each_dropout_drops_by_itself(site):
+    net = model.Tagger(11, 5, rngs=nnx.Rngs(0), **{**SIZES, 'dropout': 0.0})
+    if site:
+        place, name = SITES[site](net)
+        setattr(place, name, 0.5)
+    words, keys = jnp.asarray([[3, 4, 5]]), jax.random.split(jax.random.key(0), 2)
+    first, second = (net(words, key) for key in keys)
+    assert bool((first != second).any()) == bool(site)
 
 
 @pytest.mark.parametrize('zeroed', [(), ('attention',), ('mlp',)])
@@ -326,6 +346,22 @@ def test_files_of_a_config(tmp_path):
     with pytest.raises(ValueError, match=r'two\.conllu:3: 10 columns'):
         train.prepare(broken, adam, tmp_path / 'run', str(tmp_path))
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_does_not_go_on_with_other_sentences(tmp_path):
+    """The same words as often, but one tag: rows of the output would mean something else."""
+    config, adam = files_task(tmp_path), config_of('optimizers', 'adam')
+    with train.prepare(config, adam, tmp_path / 'run', str(tmp_path)).run:
+        pass
+    held = json.loads((tmp_path / 'run/vocabulary.json').read_text())
+    encoded = tasks.make(config, str(tmp_path)).artifacts['vocabulary.json']
+    assert json.loads(encoded) == held
+    assert set(held) == {'words from 2 on', 'tags', 'sentences'}
+    changed = (tmp_path / 'two.conllu').read_text().replace('x1', 'z1', 1)
+    (tmp_path / 'two.conllu').write_text(changed)
+    reading.load.cache_clear()
+    with pytest.raises(ValueError, match=r'vocabulary.json is not what the data give now'):
+        train.prepare(config, adam, tmp_path / 'run', str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -529,6 +565,22 @@ def test_dropout_of_a_step(small):
         np.testing.assert_allclose(value, plain.evaluate(params)[name], rtol=1e-5)
 
 
+def test_words_are_dropped():
+    """As often as asked, no padding, and in training alone."""
+    words = jnp.asarray([[2, 3, 4, 0]] * 2000)
+    told = model.drop_words(jax.random.key(0), words, 0.2)
+    assert set(map(int, np.unique(told))) == {0, 1, 2, 3, 4}
+    np.testing.assert_array_equal(told == 0, words == 0)
+    assert float(jnp.mean(told[:, :3] == vocabulary.UNKNOWN)) == pytest.approx(0.2, abs=0.02)
+    np.testing.assert_array_equal(jnp.where(told == 1, words, told), words)
+    made = (small_task('pos_tagging', dropout=0.0, word_dropout=rate) for rate in (0.0, 0.5))
+    plain, dropped = (tasks.make(config, None) for config in made)
+    params, batch = plain.init(jax.random.key(0)), next(plain.stream.batches(0))
+    assert dropped.loss(params, batch) != plain.loss(params, batch)
+    assert dropped.loss(params, batch | {'step': np.int32(1)}) != dropped.loss(params, batch)
+    assert dropped.evaluate(params) == plain.evaluate(params)
+
+
 def test_evaluation_is_that_of_all_sentences(small):
     """Against one sentence at a time, with the network's own logits."""
     params = small.init(jax.random.key(0))
@@ -686,7 +738,9 @@ def test_sweep_looks_for_the_largest_accuracy(monkeypatch, tmp_path):
 # Layout.
 
 
-@pytest.mark.parametrize('name', ['sonew', 'shared_basis', 'mbag', 'block_adam'])
+@pytest.mark.parametrize(
+    'name', ['sonew', 'shared_basis', 'mbag', 'block_adam', 'shampoo', 'sketchy']
+)
 def test_plan_sees_attention_kernels_as_matrices(name):
     """(512, 8, 64) and (8, 64, 512) as (512, 512); the embedding gets a first-order direction."""
     from experiments.tasks import pos_tagging as task

@@ -21,11 +21,11 @@ from tests.test_processes import free_port
 class Two:
     """Both processes of one run; within it, and none is left after it."""
 
-    def __init__(self, folder, *arguments, module='tests.experiments.stand_in'):
+    def __init__(self, folder, *arguments, module='tests.experiments.stand_in', **more):
         self._logs = [folder.with_name(f'{folder.name}_{i}.log') for i in range(2)]
         address = f'--coordinator_address=127.0.0.1:{free_port()}'
         common = ['--optimizer=configs/optimizers/adamw.py', f'--workdir={folder}', address]
-        environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '4'}
+        environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '4', **more}
         self.processes = []
         for i, log in enumerate(self._logs):
             numbers = ['--distributed', '--num_processes=2', f'--process_id={i}']
@@ -106,6 +106,10 @@ def test_killed_stopped_and_resumed_by_one_process(tmp_path):
     assert not (folder / 'summary.json').exists()
     config = json.loads((folder / 'config.json').read_text())
     assert config['environment']['num_processes'] == 2
+    # Now before its first row, at which no step has been asked for that is not long past.
+    with Two(folder, *arguments, STAND_IN_SIGTERM='1') as run:
+        assert run.codes() == [143, 143], run.told()
+    assert stopped <= lines(folder)[-1]['step'] < 20
     done = one_device(folder, **changes)
     assert done['train_loss'] == pytest.approx(expected['train_loss'], rel=1e-4)
     assert_same_curve(folder, tmp_path / 'one')
@@ -165,6 +169,25 @@ def test_others_are_told_whatever_the_first_process_raises(error, monkeypatch):
     with pytest.raises(type(error), match=str(error)):
         workdir_lib._first_process(action)
     assert told == [True]
+
+
+def test_processes_must_have_read_the_same(monkeypatch):
+    same = {'text.json': b'its rows', 'tokenizer.model': b'its pieces'}
+    told = []
+    workdir_lib._same_in_all_processes(same)
+
+    def gathered(own):
+        told.append(own)
+        return np.stack([told[0], own])
+
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(workdir_lib.multihost_utils, 'process_allgather', gathered)
+    workdir_lib._same_in_all_processes(same)
+    workdir_lib._same_in_all_processes(dict(reversed(same.items())))
+    with pytest.raises(
+        ValueError, match=r"has other \['text.json', .*'\] than processes \[0\]: all"
+    ):
+        workdir_lib._same_in_all_processes(same | {'text.json': b'other rows'})
 
 
 def test_processes_are_given_with_distributed():

@@ -1,5 +1,7 @@
 """Language modelling: a decoder that says the next token of a text."""
 
+import hashlib
+import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +27,7 @@ LAYOUT = {
     '^layers/': precond_optax.LeafRule(batch_axes=1),
 }
 
+_TEXT = 'text.json'  # of a run's files: which rows it has, so that it goes on with the same
 _LEAST = dict(
     layers=1, width=1, heads=1, kv_heads=1, mlp=1, vocab_size=1, length=1, batch_size=1, steps=1,
     accumulation=1, evaluate_batches=0, evaluate_every_steps=1,
@@ -88,6 +91,7 @@ class Text(NamedTuple):
     tokenizer: tokens.Tokenizer
     train: batches.Rows
     validation: batches.Rows
+    about: Mapping[str, Any]  # which text it is
 
 
 def _load(
@@ -101,14 +105,20 @@ def _load(
         tokenizer = tokens.make(kind, config['vocab_size'], path, (), kept or held.model)
         held.check(kind, tokenizer)
         streams: Mapping[str, Sequence[np.ndarray]] = held.streams
+        about = dict(held.first.about)
     else:
         documents = reading.of(config, data_dir)
         tokenizer = tokens.make(kind, config['vocab_size'], path, documents.train, kept)
         streams = {
             split: [batches.pack(texts, tokenizer)] for split, texts in documents._asdict().items()
         }
+        about = {f'{s} tokens': _digest(own[0]) for s, own in streams.items()}
     rows = {split: batches.Rows(own, config['length'], split) for split, own in streams.items()}
-    return Text(tokenizer, **rows)
+    return Text(tokenizer, **rows, about=about)
+
+
+def _digest(stream: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(stream).data).hexdigest()
 
 
 def _evaluation(
@@ -188,6 +198,11 @@ def make_task(
             'passes': trained / (len(text.train) * length),
         }
 
+    about = {**text.about, 'rows': {'train': len(text.train), 'validation': len(text.validation)}}
+    artifacts = {_TEXT: (json.dumps(about, indent=2, sort_keys=True) + '\n').encode()}
+    if text.tokenizer.model:
+        artifacts[tokens.FILE] = text.tokenizer.model
+
     return Task(
         batch_size=size,
         epochs=1,
@@ -202,5 +217,5 @@ def make_task(
         logical_axes=model.logical_axes(own),
         tokens_per_step=size * length,
         flops_per_token=model.flops_per_token(own, length),
-        artifacts={tokens.FILE: text.tokenizer.model} if text.tokenizer.model else {},
+        artifacts=artifacts,
     )

@@ -1,6 +1,8 @@
 """Part-of-speech tagging: a Transformer encoder on sentences of a treebank."""
 
 import functools
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +26,7 @@ LAYOUT = {
 }
 
 _SIZES = ('layers', 'width', 'heads', 'qkv', 'mlp')
+_VOCABULARY = 'vocabulary.json'  # of a run's files
 _WORST = 10  # pairs of tags in the table of confusions
 
 
@@ -38,8 +41,9 @@ def _check(config: Mapping[str, Any]) -> None:
             'task.width must be even and task.qkv a multiple of task.heads, got '
             f'{config["width"]}, {config["qkv"]} and {config["heads"]}.'
         )
-    if not 0 <= config['dropout'] < 1:
-        raise ValueError(f'task.dropout must be in [0, 1), got {config["dropout"]!r}.')
+    for name in ('dropout', 'word_dropout'):
+        if not 0 <= config[name] < 1:
+            raise ValueError(f'task.{name} must be in [0, 1), got {config[name]!r}.')
     if config['dtype'] not in ('float32', 'bfloat16'):
         raise ValueError(f"task.dtype must be 'float32' or 'bfloat16', got {config['dtype']!r}.")
     buckets = config['buckets']
@@ -65,6 +69,13 @@ def _load(config: Mapping[str, Any], data_dir: str | None) -> reading.Splits:
             f'{config["batch_size"]}.'
         )
     return splits
+
+
+def _kept(vocab: vocabulary.Vocabulary, splits: reading.Splits) -> bytes:
+    """What each row of the embedding and each output stands for, and which sentences it is of."""
+    sentences = hashlib.sha256(repr(splits).encode()).hexdigest()
+    content = {'words from 2 on': vocab.words, 'tags': vocab.tags, 'sentences': sentences}
+    return (json.dumps(content, ensure_ascii=False, indent=0) + '\n').encode()
 
 
 def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
@@ -107,7 +118,10 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), batch['step'])
         if 'microbatch' in batch:
             key = jax.random.fold_in(key, batch['microbatch'])
-        return loss.mean_loss(logits(params, batch['words'], key), batch['tags'])
+        words = batch['words']
+        if config['word_dropout']:
+            words = model.drop_words(jax.random.fold_in(key, 1), words, config['word_dropout'])
+        return loss.mean_loss(logits(params, words, key), batch['tags'])
 
     def schedule(peak: float, anneal: bool = True) -> optax.Schedule:
         return loss.warmup_then_inverse_root(
@@ -174,4 +188,5 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
         tracked='dev_accuracy',
         describe=describe,
         layout=LAYOUT,
+        artifacts={_VOCABULARY: _kept(vocab, splits)},
     )

@@ -117,6 +117,16 @@ class Tagger(nnx.Module):
         return self.output(self.norm(x))
 
 
+def drop_words(key: jax.Array, words: jax.Array, rate: float) -> jax.Array:
+    """Words of which each is unknown with a probability of ``rate``, but for padding.
+
+    So the embedding of unknown words learns something where all words of the training data are
+    known, and the others do without the word at times.
+    """
+    dropped = jax.random.bernoulli(key, rate, words.shape) & (words != vocabulary.PADDING)
+    return jnp.where(dropped, vocabulary.UNKNOWN, words)
+
+
 def num_body_parameters(params: Any) -> int:
     """Parameters but for the embedding and the Dense to the tags: 18.9M in the paper's net."""
     body = {name: part for name, part in params.items() if name not in ('embed', 'output')}
