@@ -104,6 +104,8 @@ def by_loss(runs: Sequence[Run]) -> list[Run]:
 def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Header and rows, best final loss first, unfinished runs last."""
     losses = ['train_loss', 'test_loss']
+    if any('dev_loss' in run.summary for run in runs):
+        losses.insert(1, 'dev_loss')
     if any('validation_loss' in run.summary for run in runs):  # language models have no test text
         known = [name for name in losses if any(name in run.summary for run in runs)]
         losses = [*known, 'validation_loss']

@@ -39,6 +39,7 @@ no step is a spike is told by the 99th percentile, of 100 rounds or more.
 
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
 import itertools
 import math
@@ -53,11 +54,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
+from flax import nnx
 
 import precond_optax
 from configs.tasks import autoencoder as autoencoder_config
 from experiments import main as main_lib
 from experiments import optimizers, report, tpu_compile, workdir
+from experiments.tasks import pos_tagging
+from experiments.tasks.pos_tagging import model as tagger
 
 _ROUNDS = flags.DEFINE_integer('rounds', 20, 'Timed steps of each optimizer.', lower_bound=1)
 _IN_TURN = flags.DEFINE_boolean('in_turn', True, 'One step of each optimizer in turn.')
@@ -70,6 +74,8 @@ _TOPOLOGY = flags.DEFINE_string(
     'compile_for', None, 'A TPU topology, such as v5e:2x2, for one chip of which all is compiled.'
 )
 
+# Rows of the embedding and outputs, of the data that the configs name.
+_TAGGERS = {'pos_tagging': (35_858, 835), 'pos_tagging_small': (3_355, 15)}
 _UNCOUNTED = 'sonew, tridiagonal'  # its step begins each turn
 _COPIED = 2**26  # numbers, 256 MB: more than caches hold
 
@@ -163,39 +169,27 @@ def autoencoder_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def tagger_shapes() -> dict[str, tuple[int, ...]]:
-    """The shapes of the part-of-speech tagger's parameters, a Transformer encoder."""
-    width, heads, hidden, words, tags = 512, 8, 2048, 12000, 1500
-    head_dim = width // heads
+def tagger_shapes(name: str = 'pos_tagging') -> dict[str, tuple[int, ...]]:
+    """The shapes of a part-of-speech tagger's parameters, by the name of its config."""
+    words, tags = _TAGGERS[name]
+    config = importlib.import_module(f'configs.tasks.{name}').get_config()
+    sizes = {part: config[part] for part in pos_tagging.SIZES}
 
-    def norm(name: str) -> dict[str, tuple[int, ...]]:
-        return {f'{name}/scale': (width,), f'{name}/bias': (width,)}
+    def init() -> Any:
+        net = tagger.Tagger(words, tags, **sizes, dropout=0.0, rngs=nnx.Rngs(0))
+        return nnx.to_pure_dict(nnx.state(net, nnx.Param))
 
-    shapes: dict[str, tuple[int, ...]] = {'embed/embedding': (words, width)}
-    for layer in (f'layer_{i}' for i in range(6)):
-        shapes |= norm(f'{layer}/attention_norm')
-        for name in ('query', 'key', 'value'):
-            shapes[f'{layer}/attention/{name}/kernel'] = (width, heads, head_dim)
-        shapes[f'{layer}/attention/out/kernel'] = (heads, head_dim, width)
-        shapes |= norm(f'{layer}/mlp_norm')
-        shapes[f'{layer}/mlp/dense_0/kernel'] = (width, hidden)
-        shapes[f'{layer}/mlp/dense_0/bias'] = (hidden,)
-        shapes[f'{layer}/mlp/dense_1/kernel'] = (hidden, width)
-        shapes[f'{layer}/mlp/dense_1/bias'] = (width,)
-    return shapes | norm('norm') | {'output/kernel': (width, tags), 'output/bias': (tags,)}
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(init))
+    return {jax.tree_util.keystr(at, simple=True, separator='/'): x.shape for at, x in leaves}
 
 
 TREES: dict[str, Tree] = {
     'leaf4096': Tree('one (4096, 4096) leaf', {'kernel': (4096, 4096)}),
     'leaf8192': Tree('one (8192, 8192) leaf', {'kernel': (8192, 8192)}),
     'autoencoder': Tree("the autoencoder's tree", autoencoder_shapes()),
-    'pos_tagging': Tree(
-        "the POS tagger's tree",
-        tagger_shapes(),
-        {
-            'attention/(query|key|value)': precond_optax.LeafRule(merge_axes=((-2, -1),)),
-            'embed': precond_optax.LeafRule(precondition=False),
-        },
+    'pos_tagging': Tree("the POS tagger's tree", tagger_shapes(), pos_tagging.LAYOUT),
+    'pos_tagging_small': Tree(
+        "the small POS tagger's tree", tagger_shapes('pos_tagging_small'), pos_tagging.LAYOUT
     ),
     'lm_1b': Tree(
         "a language model's tree of 1.1 billion parameters",

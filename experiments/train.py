@@ -26,8 +26,10 @@ from experiments import workdir as workdir_lib
 def _check(config: Mapping[str, Any]) -> None:
     """Raises ``ValueError`` for fields of a task that this loop cannot take."""
     least = {'steps' if 'steps' in config else 'epochs': 1}
-    least |= dict(log_every=1, max_consecutive_errors=0, seed=0)
+    least |= dict(max_consecutive_errors=0, seed=0)
     least |= {name: 1 for name in ('accumulation', 'max_to_keep') if name in config}
+    if 'log_every' not in config or config['log_every'] is not None:
+        least['log_every'] = 1
     for what in ('checkpoint', 'evaluate'):
         given = [f'{what}_every_{unit}' for unit in ('epochs', 'steps')]
         given = [name for name in given if config.get(name) is not None]
@@ -104,6 +106,16 @@ def _task(
     if task.validate and _every(task, task_config, 'evaluate') is None:
         raise ValueError('task must have one of evaluate_every_epochs and evaluate_every_steps.')
     segments_lib.check(task, mesh, task_config.get('accumulation', 1))
+    for what in ('checkpoint', 'evaluate'):
+        epochs = task_config.get(f'{what}_every_epochs')
+        asked = task_config.get(f'{what}_every_steps')
+        asked = epochs * task.steps_per_epoch if epochs is not None else asked
+        if asked is not None and (every := _every(task, task_config, what)) != asked:
+            logging.warning(
+                'task.%s_every is %d steps, not a multiple of the %d between two log lines, and '
+                'is taken for %d; see task.log_every.',
+                *(what, asked, _segment(task, task_config), every),
+            )
     jax.eval_shape(program_lib.single(task, task_config, optimizer_config).initial)
     return task
 
@@ -163,7 +175,7 @@ class _Loop:
         self._task, self._config = experiments[0].task, experiments[0].config
         options = experiments[0].options
         self._program, self._carry, self._step, self._clocks = _resume(experiments)
-        step, total, every = self._step, self._task.num_steps, self._config['log_every']
+        step, total, every = self._step, self._task.num_steps, _segment(self._task, self._config)
         self._lengths = [min(every, total - at) for at in range(step, total, every)]
         self._segments = segments_lib.make(
             self._task, self._program.step, self._config['seed'], self._program.shardings
@@ -265,9 +277,14 @@ class _Loop:
             run.save(self._step, part, seconds)
 
 
+def _segment(task: tasks.Task, config: Mapping[str, Any]) -> int:
+    """The steps from one log line to the next: ``log_every``, an epoch where that is None."""
+    return config['log_every'] or task.steps_per_epoch
+
+
 def _every(task: tasks.Task, config: Mapping[str, Any], what: str) -> int | None:
     """After how many steps: as the config has it in epochs or in steps, in whole segments."""
-    log_every, steps = config['log_every'], config.get(f'{what}_every_steps')
+    log_every, steps = _segment(task, config), config.get(f'{what}_every_steps')
     if (epochs := config.get(f'{what}_every_epochs')) is not None:
         steps = epochs * task.steps_per_epoch
     return None if steps is None else math.ceil(steps / log_every) * log_every

@@ -22,6 +22,7 @@ CARRIED_OUT = ('mesh', 'accumulation', 'max_to_keep')
 ADDED: dict[str, Any] = {
     'task.compute_dtype': 'float32',
     'task.word_dropout': 0.0,
+    'task.log_grad_norm': True,
     'optimizer.impl': 'auto',
     'optimizer.nesterov': False,
     'optimizer.schedules': {},

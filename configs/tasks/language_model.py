@@ -161,6 +161,8 @@ def get_config(size: str = 'tiny') -> config_dict.ConfigDict:
         log_every=10,  # steps between two log lines
         checkpoint_every_steps=100,  # a multiple of log_every, rounded up
         evaluate_every_steps=100,  # likewise
+        log_grad_norm=True,  # costs a pass over the gradients
+        max_to_keep=1,  # checkpoints
         evaluate_batches=16,  # of validation and of training text, evenly apart; 0: all
         max_consecutive_errors=5,  # non-finite gradients skipped in a row
     )

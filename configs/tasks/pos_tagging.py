@@ -31,7 +31,7 @@ def get_config() -> config_dict.ConfigDict:
             epochs=200,
             warmup_epochs=40,  # linear by step; then the inverse square root of the step
             seed=0,  # of the parameters, of the shuffling and of the dropout
-            log_every=81,  # steps between two log lines; 81 are an epoch
+            log_every=config_dict.placeholder(int),  # steps between two log lines; None: an epoch
             checkpoint_every_epochs=5,  # a multiple of log_every steps, rounded up
             evaluate_every_epochs=1,  # on dev and test; likewise
             max_consecutive_errors=5,  # non-finite gradients skipped in a row

@@ -24,6 +24,5 @@ def get_config() -> config_dict.ConfigDict:
         batch_size=32,
         epochs=20,
         warmup_epochs=4,
-        log_every=23,  # an epoch
     )
     return config

@@ -165,10 +165,12 @@ def test_the_trees():
     assert count['lm_1b'] == tpu_compile.COUNT
     # Embedding, output, last norm; in each layer attention, two kernels and biases, two norms.
     layer = 4 * 512 * 512 + 2 * 512 * 2048 + 2048 + 512 + 4 * 512
-    assert count['pos_tagging'] == 12000 * 512 + 513 * 1500 + 2 * 512 + 6 * layer
+    assert count['pos_tagging'] == 35_858 * 512 + 513 * 835 + 2 * 512 + 6 * layer
+    small = 4 * 64 * 64 + 2 * 64 * 256 + 256 + 64 + 4 * 64
+    assert count['pos_tagging_small'] == 3_355 * 64 + 65 * 15 + 2 * 64 + 2 * small
 
 
-@pytest.mark.parametrize('name', ['pos_tagging', 'lm_1b'])
+@pytest.mark.parametrize('name', ['pos_tagging', 'pos_tagging_small', 'lm_1b'])
 def test_the_layouts_fit_their_trees(name):
     tree = step_cost.TREES[name]
     params = {
@@ -182,12 +184,12 @@ def test_the_layouts_fit_their_trees(name):
         whole = 'shared basis, 512 blocks of 512, rank 8'
         assert treatments['layer_5/attention/query/kernel'] == whole
         assert treatments['layer_5/attention/out/kernel'] == whole
-        assert treatments['output/kernel'] == 'shared basis, 1500 blocks of 512, rank 8'
+        assert treatments['output/kernel'] == 'shared basis, 835 blocks of 512, rank 8'
     # Muon takes matrices: kernels, of a stack each layer's.
     numbers = step_cost.optimizers.matrices(params, tree.layout)
     taken = {path for path in params if numbers[path] is not None}
     kernels = {path for path in params if path.startswith('layers/mlp/') and 'scale' not in path}
     kernels |= {path for path in params if re.search('dense_./kernel|query/kernel', path)}
-    assert len(kernels) == {'pos_tagging': 18, 'lm_1b': 3}[name]
+    assert len(kernels) == {'pos_tagging': 18, 'pos_tagging_small': 6, 'lm_1b': 3}[name]
     assert kernels <= taken
     assert not any('scale' in path or 'bias' in path or 'embed' in path for path in taken)

@@ -25,14 +25,14 @@ LAYOUT = {
     'attention/out/': precond_optax.LeafRule(merge_axes=((0, 1),)),
 }
 
-_SIZES = ('layers', 'width', 'heads', 'qkv', 'mlp')
+SIZES = ('layers', 'width', 'heads', 'qkv', 'mlp')
 _VOCABULARY = 'vocabulary.json'  # of a run's files
 _WORST = 10  # pairs of tags in the table of confusions
 
 
 def _check(config: Mapping[str, Any]) -> None:
     """Raises ``ValueError`` for fields that only this task has."""
-    for name in (*_SIZES, 'batch_size', 'min_count'):
+    for name in (*SIZES, 'batch_size', 'min_count'):
         value = config[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f'task.{name} must be an integer >= 1, got {value!r}.')
@@ -103,7 +103,7 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
         len(vocab.tags),
         dropout=float(config['dropout']),
         dtype=jnp.dtype(config['dtype']),
-        **{name: config[name] for name in _SIZES},
+        **{name: config[name] for name in SIZES},
     )
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
 
