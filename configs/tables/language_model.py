@@ -72,6 +72,10 @@ def get_config(size: str = 'tiny') -> config_dict.ConfigDict:
     if size == 'small':  # roots of rank 32 in each step would take a CPU longer than the model
         cheaper = dict(rank=8, update_every=10)
         rows['shared_basis'] = _row('shared_basis', 'shared basis, rank 8, every 10', **cheaper)
+    rows['adafactor']['note'] = (
+        "Optax's: it clips the update of all stacked layers as one, and leaves the second moment "
+        "of attention's kernels whole, whose heads are narrower than 128"
+    )
     for name, found in _FOUND[size].items():
         rows[name]['settings'].update(found)
     return config_dict.ConfigDict(
