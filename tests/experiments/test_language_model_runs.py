@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from experiments.tasks.language_model import batches, loss, model, reading, toke
 from tests.experiments.small import config_of, lines, small_task, without_clock
 from tests.experiments.test_drivers import main
 from tests.experiments.test_language_model_data import SIZE, folder_of
+from tests.experiments.test_language_model_stored import write
 from tests.experiments.test_trainer_processes import Two, assert_same_curve
 
 pytest.importorskip('sentencepiece')
@@ -299,3 +301,35 @@ def test_two_processes_equal_one_device(mesh, optimizer, tmp_path):
     for name in ('grad_norm', 'validation_loss'):
         got, wanted = ([row[name] for row in log if name in row] for log in (rows, expected))
         np.testing.assert_allclose(got, wanted, rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.slow
+def test_first_process_killed_and_resumed_on_another_mesh(tmp_path):
+    """With the tokens of SentencePiece from the disk, which threads read ahead."""
+    made = config.get_config('tiny')
+    made.update(source='synthetic', tokenizer='sentencepiece', vocab_size=SIZE)
+    write(tmp_path / 'tokens', made, count=2)
+    changes = dict(source='tokens', tokenizer='sentencepiece', vocab_size=SIZE, length=16)
+    changes |= dict(compute_dtype='float32', steps=40, warmup_steps=2)
+    changes |= dict(log_every=2, checkpoint_every_steps=4, evaluate_every_steps=20)
+    flags = ['--task=configs/tasks/language_model.py:tiny', f'--data_dir={tmp_path}']
+    flags += [f'--task.{name}={value}' for name, value in changes.items()]
+    flags += ["--task.files=('tokens',)", '--optimizer=configs/optimizers/sonew.py']
+    with Two(tmp_path / 'two', *flags, '--mesh=2,2,2', module='experiments.main') as run:
+        run.wait_for_row(tmp_path / 'two', 3)
+        run.processes[0].send_signal(signal.SIGKILL)
+        run.processes[0].wait()
+    reached = len(lines(tmp_path / 'two'))
+    assert 3 <= reached < 20, 'killed in the middle'
+    with Two(tmp_path / 'two', *flags, '--mesh=1,4,2', module='experiments.main') as run:
+        assert run.codes() == [0, 0], run.told()
+    made = config.get_config('tiny')
+    made.update(changes, files=('tokens',), mesh=dict(data=1, fsdp=1, tensor=1))
+    one_device, sonew = [jax.devices()[0]], config_of('optimizers', 'sonew')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'devices', lambda *_: one_device)
+        folders = (tmp_path / 'one', str(tmp_path))
+        train.train_and_evaluate(made, sonew, *folders, progress=False)
+    assert_same_curve(tmp_path / 'two', tmp_path / 'one')
+    for name in ('text.json', 'tokenizer.model'):
+        assert (tmp_path / 'two' / name).read_bytes() == (tmp_path / 'one' / name).read_bytes()
