@@ -28,7 +28,7 @@ leaf's, are left out unless asked for; lm_1b, a language model of 1.1 billion pa
 compilers and large devices:
 
 python -m experiments.step_cost --optimizers=shared --tree=autoencoder --rounds=100
-python -m experiments.step_cost --optimizers=shared --tree=pos_tagging --rounds=20
+python -m experiments.step_cost --optimizers=shared --tree='pos_tagging$' --rounds=20
 python -m experiments.step_cost --optimizers='mbag|block adam|soaa' --tree=autoencoder --rounds=100
 python -m experiments.step_cost --optimizers='shampoo|sketchy' --tree=autoencoder --rounds=60
 JAX_PLATFORMS=cpu python -m experiments.step_cost --tree=lm_1b --compile_for=v5p:2x2x1

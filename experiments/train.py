@@ -6,6 +6,7 @@ takes a step of all.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import time
@@ -107,14 +108,12 @@ def _task(
         raise ValueError('task must have one of evaluate_every_epochs and evaluate_every_steps.')
     segments_lib.check(task, mesh, task_config.get('accumulation', 1))
     for what in ('checkpoint', 'evaluate'):
-        epochs = task_config.get(f'{what}_every_epochs')
-        asked = task_config.get(f'{what}_every_steps')
-        asked = epochs * task.steps_per_epoch if epochs is not None else asked
-        if asked is not None and (every := _every(task, task_config, what)) != asked:
-            logging.warning(
-                'task.%s_every is %d steps, not a multiple of the %d between two log lines, and '
-                'is taken for %d; see task.log_every.',
-                *(what, asked, _segment(task, task_config), every),
+        asked, every = (f(task, task_config, what) for f in (_asked, _every))
+        if asked != every:
+            _warn_once(
+                f'task.{what}_every is {asked} steps, no multiple of the '
+                f'{_segment(task, task_config)} between two log lines, so it is taken for '
+                f'{every}; see task.log_every.'
             )
     jax.eval_shape(program_lib.single(task, task_config, optimizer_config).initial)
     return task
@@ -282,12 +281,22 @@ def _segment(task: tasks.Task, config: Mapping[str, Any]) -> int:
     return config['log_every'] or task.steps_per_epoch
 
 
-def _every(task: tasks.Task, config: Mapping[str, Any], what: str) -> int | None:
-    """After how many steps: as the config has it in epochs or in steps, in whole segments."""
-    log_every, steps = _segment(task, config), config.get(f'{what}_every_steps')
+def _asked(task: tasks.Task, config: Mapping[str, Any], what: str) -> int | None:
+    """After how many steps, as the config has it in epochs or in steps."""
     if (epochs := config.get(f'{what}_every_epochs')) is not None:
-        steps = epochs * task.steps_per_epoch
-    return None if steps is None else math.ceil(steps / log_every) * log_every
+        return epochs * task.steps_per_epoch
+    return config.get(f'{what}_every_steps')
+
+
+def _every(task: tasks.Task, config: Mapping[str, Any], what: str) -> int | None:
+    """`_asked`, in whole segments."""
+    segment, steps = _segment(task, config), _asked(task, config, what)
+    return None if steps is None else math.ceil(steps / segment) * segment
+
+
+@functools.cache  # a sweep prepares many runs of one config
+def _warn_once(text: str) -> None:
+    logging.warning('%s', text)
 
 
 def checkpoint_at(task: tasks.Task, config: Mapping[str, Any], part: float) -> int:

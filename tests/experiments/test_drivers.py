@@ -238,6 +238,21 @@ def test_fields_that_configs_were_given_later(tmp_path):
     assert train.train_and_evaluate(task, optimizer, tmp_path, progress=False)['steps'] == 8
 
 
+def test_log_lines_by_epoch_and_what_is_rounded(tmp_path, monkeypatch):
+    """None is an epoch, of four steps; what no log line ends is told, once for a config."""
+    told = []
+    monkeypatch.setattr(train.logging, 'warning', lambda text, *args: told.append(text % args))
+    adam = config_of('optimizers', 'adam')
+    train.train_and_evaluate(small_task(log_every=None), adam, tmp_path, progress=False)
+    assert [row['step'] for row in lines(tmp_path)] == [4, 8]
+    assert not told
+    for _ in range(2):
+        train.check(small_task(log_every=3, checkpoint_every_epochs=1), adam)
+    assert len(told) == 1
+    assert told[0].startswith('task.checkpoint_every is 4 steps, no multiple of the 3 between two')
+    assert 'taken for 6' in told[0]
+
+
 def test_a_check_looks_into_the_folder_and_writes_nothing(tmp_path):
     task, optimizer = small_task(), config_of('optimizers', 'adam')
     train.check(task, optimizer, None, tmp_path / 'new')

@@ -71,9 +71,7 @@ class Part(NamedTuple):
     file: pathlib.Path
     number: int
     about: dict[str, Any]  # the same in all parts of a folder
-    held: dict[
-        str, tuple[str, int]
-    ]  # of each split, the file of its tokens and how many there are
+    held: dict[str, tuple[str, int]]  # of each split, the file of its tokens, and their number
 
     def must_be(self, expected: Mapping[str, Any], there: str) -> None:
         """Raises ``ValueError`` unless it is of this text and by this tokenizer."""

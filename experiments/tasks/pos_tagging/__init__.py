@@ -115,13 +115,15 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
 
     def batch_loss(params: Any, batch: Any) -> jax.Array:
         # What is dropped hangs on the seed and the step, so a resumed run drops the same.
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), batch['step'])
-        if 'microbatch' in batch:
-            key = jax.random.fold_in(key, batch['microbatch'])
+        def key(stream: int) -> jax.Array:
+            key = jax.random.fold_in(jax.random.key(seed), stream)
+            key = jax.random.fold_in(key, batch['step'])
+            return jax.random.fold_in(key, batch['microbatch']) if 'microbatch' in batch else key
+
         words = batch['words']
         if config['word_dropout']:
-            words = model.drop_words(jax.random.fold_in(key, 1), words, config['word_dropout'])
-        return loss.mean_loss(logits(params, words, key), batch['tags'])
+            words = model.drop_words(key(3), words, config['word_dropout'])
+        return loss.mean_loss(logits(params, words, key(2)), batch['tags'])
 
     def schedule(peak: float, anneal: bool = True) -> optax.Schedule:
         return loss.warmup_then_inverse_root(
