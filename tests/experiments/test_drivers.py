@@ -240,6 +240,7 @@ def test_fields_that_configs_were_given_later(tmp_path):
 
 def test_log_lines_by_epoch_and_what_is_rounded(tmp_path, monkeypatch):
     """None is an epoch, of four steps; what no log line ends is told, once for a config."""
+    train._warn_once.cache_clear()  # other tests may have been told
     told = []
     monkeypatch.setattr(train.logging, 'warning', lambda text, *args: told.append(text % args))
     adam = config_of('optimizers', 'adam')
