@@ -46,7 +46,12 @@ _FOUND: dict[str, dict[str, dict[str, float]]] = dict(
         sonew_band_4=dict(b1=0.8146, b2=0.9751, learning_rate=0.02734, relative_eps=0.00375),
         shared_basis=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
     ),
-    small=dict(),
+    small=dict(
+        adamw=dict(
+            b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.003679, weight_decay=0.00663
+        ),
+        adafactor=dict(learning_rate=0.02682, momentum=0.9295),
+    ),
 )
 
 
