@@ -51,6 +51,10 @@ _FOUND: dict[str, dict[str, dict[str, float]]] = dict(
             b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.003679, weight_decay=0.00663
         ),
         adafactor=dict(learning_rate=0.02682, momentum=0.9295),
+        sonew_tridiagonal=dict(
+            b1=0.9289, b2=0.9478, learning_rate=0.00269, relative_eps=0.0003582
+        ),
+        shared_basis=dict(b1=0.9478, b2=0.9448, eps=1.001e-09, learning_rate=0.001398),
     ),
 )
 
