@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo
 RUNS ?= tables
+TABLES ?= autoencoder autoencoder_bfloat16
 ROWS ?=
 SEEDS ?= 0
 
@@ -45,10 +46,10 @@ step-cost: $(VENV)/experiments.stamp
 	$(BIN)/python -m experiments.step_cost
 
 # The papers' autoencoder table, with the committed settings: make table-autoencoder DATA=FOLDER
-# [RUNS=FOLDER] [ROWS=REGEX] [SEEDS=0,1,2]; DATA is a folder with MNIST.
+# [RUNS=FOLDER] [TABLES=autoencoder] [ROWS=REGEX] [SEEDS=0,1,2]; DATA is a folder with MNIST.
 table-autoencoder: $(VENV)/experiments.stamp
 	@test -n "$(DATA)" || { echo "give DATA=FOLDER, a folder with MNIST" >&2; exit 1; }
-	@for table in autoencoder autoencoder_bfloat16; do \
+	@for table in $(TABLES); do \
 	  $(BIN)/python -m experiments.table --table=configs/tables/$$table.py --data_dir=$(DATA) \
 	    --workdir=$(RUNS)/$$table --rows='$(ROWS)' --seeds=$(SEEDS) || exit 1; \
 	done

@@ -49,7 +49,8 @@ def clear_errors() -> Iterator[None]:
 
 def _parse(argv: list[str]) -> list[str]:
     """Absl's parser, with clear errors for config files and fields that are not there."""
-    for flag, kind in (('task', 'tasks'), ('optimizer', 'optimizers'), ('search', 'searches')):
+    kinds = dict(task='tasks', optimizer='optimizers', search='searches', table='tables')
+    for flag, kind in kinds.items():
         for given in re.findall(rf'^--?{flag}=(.*)$', '\n'.join(argv), re.MULTILINE):
             if not pathlib.Path(given.split(':')[0]).is_file():
                 folder = pathlib.Path('configs') / kind

@@ -3,10 +3,10 @@
 python -m experiments.report DIR... [--output=REPORT]
 
 A DIR is a run's workdir, or a folder with some below it. Writes REPORT.md, REPORT.json and
-REPORT.png (loss, and accuracy where there is one, by step and by second) and prints the table.
-Runs that are not through are listed with the step they reached. Taggers get a table of their
-accuracies, with the tagger that knows nothing but words beside them, and the ten pairs of tags
-that the best run confuses most.
+REPORT.png (loss, and accuracy where there is one, by epoch, or by step where there are none, and
+by second) and prints the table. Runs that are not through are listed with the step they reached.
+Taggers get a table of their accuracies, with the tagger that knows nothing but words beside them,
+and the ten pairs of tags that the best run confuses most.
 """
 
 import json
@@ -185,7 +185,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(runs: Sequence[Run], file: pathlib.Path) -> None:
-    """Training loss by step and by second, logarithmic, best run first in the legend.
+    """Training loss by epoch, or step, and by second, logarithmic, best run first in the legend.
 
     Below it the accuracy on dev, if any run logged it.
     """
@@ -197,6 +197,8 @@ def plot(runs: Sequence[Run], file: pathlib.Path) -> None:
     quantities = {'loss': 'training loss, mean since the last log line'}
     if any('dev_accuracy' in row for run in runs for row in run.metrics):
         quantities['dev_accuracy'] = 'accuracy on dev'
+    in_epochs = all('epoch' in row for run in runs for row in run.metrics)
+    against = {'epoch' if in_epochs else 'step': '', 'seconds': ' of training'}
     figure, grid = pyplot.subplots(
         len(quantities),
         2,
@@ -209,10 +211,10 @@ def plot(runs: Sequence[Run], file: pathlib.Path) -> None:
         for run in (run for run in by_loss(runs) if run.metrics):
             rows = [row for row in run.metrics if name in row]
             values = [math.nan if row[name] is None else row[name] for row in rows]
-            for axis, x in zip(axes, ('step', 'seconds'), strict=True):
+            for axis, x in zip(axes, against, strict=True):
                 axis.plot([row[x] for row in rows], values, label=run.label, linewidth=1.2)
-        for axis, x in zip(axes, ('step', 'seconds of training'), strict=True):
-            axis.set(xlabel=x, yscale='log' if name == 'loss' else 'linear')
+        for axis, (x, more) in zip(axes, against.items(), strict=True):
+            axis.set(xlabel=x + more, yscale='log' if name == 'loss' else 'linear')
             axis.yaxis.set_major_formatter('{x:g}')
             axis.yaxis.set_minor_formatter('{x:g}')
             axis.grid(visible=True, which='both', alpha=0.25)

@@ -203,8 +203,11 @@ def sweep(
         study.tell(trial.number, _finite(summary[search['metric']], sign))
     found = [_row(trial, search) for trial in study.trials]
     found.sort(key=lambda row: (row.get('stopped_at') is not None, row['metric']))
-    for row in found:
-        row['metric'] *= 1 if 'stopped_at' in row else sign
+    for row in found:  # as they are: the study's are the less the better
+        row['metric'] *= sign
+        if 'stopped_at' in row:
+            rows = workdir_lib.read_metrics(root / row['trial'])
+            row['metric'], _ = at_rung(rows, row['stopped_at'], task.tracked if sign < 0 else '')
     content = {'search': search, 'largest': sign < 0, 'trials': found}
     workdir_lib.write_json(root / 'sweep.json', content)
     return found
@@ -291,22 +294,23 @@ def _to_rung(
     there = [any(row['step'] == stop for row in rows) for rows in logs()]
     missing = [e for e, is_there in zip(experiments, there, strict=True) if not is_there]
     _train(missing, together, stop_after=stop)
-    return [at_rung(rows, stop, tracked) for rows in logs()]
+    found = (at_rung(rows, stop, tracked) for rows in logs())
+    return [-value if larger else value for value, larger in found]
 
 
-def at_rung(rows: Sequence[Mapping[str, Any]], stop: int, tracked: str = '') -> float:
-    """What a trial's log says of it at a step, the less the better.
+def at_rung(rows: Sequence[Mapping[str, Any]], stop: int, tracked: str = '') -> tuple[float, bool]:
+    """What a trial's log says of it at a step, and whether more of that is better.
 
     Example:
       >>> rows = [{'step': 1, 'loss': 3.0, 'dev_accuracy': 0.7}, {'step': 2, 'loss': 2.0}]
       >>> at_rung(rows, 2), at_rung(rows, 2, 'dev_accuracy')
-      (2.0, -0.7)
+      ((2.0, False), (0.7, True))
     """
     so_far = [row for row in rows if row['step'] <= stop]
     measured = [row[tracked] for row in so_far if row.get(tracked) is not None]
     if measured:
-        return -max(measured)
-    return next(_finite(row['loss']) for row in so_far if row['step'] == stop)
+        return max(measured), True
+    return next(_finite(row['loss']) for row in so_far if row['step'] == stop), False
 
 
 def _train(

@@ -5,8 +5,9 @@ python -m experiments.table --table=configs/tables/autoencoder.py --workdir=DIR 
 
 A run is a workdir, DIR/ROW/seed_0 and so on. What is interrupted goes on by the same command, what
 is there is not run again; rows and seeds may be added later. Writes DIR/table.md, table.json and
-table.png (loss by step and by second) from all runs in DIR that are through; those of other
-settings than the table's are named below it.
+table.png (loss by epoch, or step, and by second) from all runs in DIR that are through; those of
+other settings than the table's are named below it. Memory is what the compiler plans for the
+program, arguments and temporaries, not what was measured.
 
 The settings of its rows come from a search in two stages, with the same budget for each row:
 

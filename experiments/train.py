@@ -148,6 +148,7 @@ def train_together(
 
     Raises:
       ValueError: if they are not at the same step.
+      RuntimeError: if something fails once training has begun, that no check has found.
     """
     runs = [experiment.run for experiment in experiments]
     with contextlib.ExitStack() as opened:
@@ -162,7 +163,12 @@ def train_together(
         stop = opened.enter_context(preemption.Preemption())
         loop = _Loop(experiments)
         opened.callback(loop.close)
-        return loop.run(stop, progress and jax.process_index() == 0, stop_after)
+        try:
+            return loop.run(stop, progress and jax.process_index() == 0, stop_after)
+        except (ValueError, FileNotFoundError) as error:
+            # Drivers show these as wrong input, without a traceback.
+            names = ', '.join(str(run.path) for run in runs)
+            raise RuntimeError(f'training failed in {names}: {error}') from error
 
 
 class _Loop:

@@ -1,14 +1,15 @@
-"""What Shampoo and Sketchy share: which leaves they cut and how, the size of a step, momentum."""
+"""What Shampoo and Sketchy share: which leaves they cut and how, and a step but for its roots."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from precond_optax import checks, grafting
+from precond_optax import checks, grafting, leafwise
 from precond_optax.checks import Scalar
 from precond_optax.kernels import kronecker as kernel
 from precond_optax.layout import LeafLayout
@@ -112,7 +113,43 @@ def correction(b2: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.where(held > 0, held, 1)
 
 
-def sized(
+def make_update_leaf(  # noqa: D417 (four are those of `shampoo`)
+    precondition: Callable[..., tuple[jax.Array, leafwise.Fields]],
+    cut: Cut,
+    b1: Scalar,
+    nesterov: bool,
+    graft: grafting.Graft,
+    start_step: Scalar,
+) -> Callable[[jax.Array, Any, LeafLayout], tuple[jax.Array, leafwise.Fields]]:
+    """The update of a leaf: the direction, its size and momentum.
+
+    Args:
+      precondition: ``(grad, state, facts, blocks)`` to the direction of a leaf that is
+        preconditioned and the fields that change.
+      cut: which leaves are.
+      b1, nesterov, graft, start_step: as in `shampoo`.
+
+    Returns:
+      What `leafwise.leafwise` takes.
+    """
+
+    def update_leaf(
+        grad: jax.Array, state: Any, facts: LeafLayout
+    ) -> tuple[jax.Array, leafwise.Fields]:
+        direction, blocks = state.graft, cut.blocks(facts)
+        changed: leafwise.Fields = {}
+        if blocks is not None:
+            direction, changed = precondition(grad, state, facts, blocks)
+            direction = _sized(direction, grad, state.graft, facts, state.count, graft, start_step)
+        update, changed['mu'] = grafting.with_momentum(
+            direction, state.mu, state.count, b1, nesterov
+        )
+        return update, changed
+
+    return update_leaf
+
+
+def _sized(
     direction: jax.Array,
     grad: jax.Array,
     own: jax.Array,

@@ -131,25 +131,10 @@ def scale_by_shampoo(  # noqa: D417 (its arguments are those of `shampoo`)
             'failed_roots': state.failed_roots + failed,
         }
 
-    def update_leaf(
-        grad: jax.Array, state: ScaleByShampooState, facts: LeafLayout
-    ) -> tuple[jax.Array, leafwise.Fields]:
-        direction, blocks = state.graft, cut.blocks(facts)
-        changed: leafwise.Fields = {}
-        if blocks is not None:
-            direction, changed = precondition(grad, state, facts, blocks)
-            direction = kronecker.sized(
-                direction, grad, state.graft, facts, state.count, graft, start_step
-            )
-        update, changed['mu'] = grafting.with_momentum(
-            direction, state.mu, state.count, b1, nesterov
-        )
-        return update, changed
-
     return leafwise.leafwise(
         ScaleByShampooState,
         init_leaf,
-        update_leaf,
+        kronecker.make_update_leaf(precondition, cut, b1, nesterov, graft, start_step),
         layout=layout,
         stacked={'statistics': kronecker.AXES, 'roots': kronecker.AXES},
         stochastic=('statistics',) if stochastic_rounding else (),
@@ -276,7 +261,9 @@ def shampoo(
       root: 'eigh', the eigendecomposition; 'newton_schulz', matrix products alone (the coupled
         Newton iteration); or 'auto', which is the second on TPUs and the first elsewhere.
       graft: where the size of the update comes from: 'rmsprop_normalized', 'adam', 'momentum',
-        'sgd', any ``optax.GradientTransformation``, or None for the method's own.
+        'sgd', any ``optax.GradientTransformation``, or None for the method's own; the plain
+        gradient is then what leaves get that are not preconditioned, and all leaves in the first
+        ``start_step`` steps.
       max_dim: the longest axis, merged ones as one, of a leaf that is preconditioned.
       mu_dtype: dtype in which the momentum is stored; None: the parameter's.
       stats_dtype: dtype in which second moments and roots are stored; None: the parameter's, but

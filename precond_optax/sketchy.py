@@ -134,25 +134,10 @@ def scale_by_sketchy(  # noqa: D417 (its arguments are those of `sketchy`)
         )
         return direction, by_field(arrays) | {'failed_roots': state.failed_roots + failed}
 
-    def update_leaf(
-        grad: jax.Array, state: ScaleBySketchyState, facts: LeafLayout
-    ) -> tuple[jax.Array, leafwise.Fields]:
-        direction, blocks = state.graft, cut.blocks(facts)
-        changed: leafwise.Fields = {}
-        if blocks is not None:
-            direction, changed = precondition(grad, state, facts, blocks)
-            direction = kronecker.sized(
-                direction, grad, state.graft, facts, state.count, graft, start_step
-            )
-        update, changed['mu'] = grafting.with_momentum(
-            direction, state.mu, state.count, b1, nesterov
-        )
-        return update, changed
-
     return leafwise.leafwise(
         ScaleBySketchyState,
         init_leaf,
-        update_leaf,
+        kronecker.make_update_leaf(precondition, cut, b1, nesterov, graft, start_step),
         layout=layout,
         stacked=dict.fromkeys(_SKETCH, kronecker.AXES),
         gathered={'failed_roots': True},
@@ -278,7 +263,9 @@ def sketchy(
         step; leaves take turns, so that no step does all.
       start_step: the first steps, whose update is the grafting rule's, >= 0.
       graft: where the size of the update comes from: 'rmsprop_normalized', 'adam', 'momentum',
-        'sgd', any ``optax.GradientTransformation``, or None for the method's own.
+        'sgd', any ``optax.GradientTransformation``, or None for the method's own; the plain
+        gradient is then what leaves get that are not preconditioned, and all leaves in the first
+        ``start_step`` steps.
       max_dim: the longest axis, merged ones as one, of a leaf that is preconditioned.
       mu_dtype: dtype in which the momentum is stored; None: the parameter's.
       layout: what the shapes do not tell. A mapping from regular expressions, searched for in

@@ -99,7 +99,7 @@ def _kronecker(
         static_args=('block_size', 'update_every', 'max_dim', *set(keywords) & {'rank', 'root'}),
         state_bytes=state_bytes,
         compressed=True,
-        variant=name != 'shampoo',  # Sketchy has all but its sketches in common with it
+        variant=name not in ('shampoo', 'sketchy'),
     )
 
 

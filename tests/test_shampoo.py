@@ -285,10 +285,12 @@ def test_any_size_and_condition_is_finite(method, scale):
     state = tx.init(grads)
     for dtype in ('float32', 'bfloat16'):
         cast = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), grads)
-        for _ in range(2):
-            updates, new = jax.jit(tx.update)(cast, state)
+        new = state
+        for _ in range(3):
+            updates, new = jax.jit(tx.update)(cast, new)
+        own = new._replace(graft=None)  # Optax's Adam has an infinite second moment of 1e25
         assert all(np.all(np.isfinite(np.asarray(x, float))) for x in jax.tree.leaves(updates))
-        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(new.mu))
+        assert all(np.all(np.isfinite(np.asarray(x, float))) for x in jax.tree.leaves(own))
 
 
 @pytest.mark.parametrize('root', ['eigh', 'newton_schulz'])

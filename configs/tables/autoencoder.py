@@ -116,6 +116,7 @@ def get_config() -> config_dict.ConfigDict:
                         eps=5.602e-7,
                     ),
                     label='Block Adam, 16',
+                    note='the paper takes blocks of 10, and their roots in each step',
                 ),
                 shampoo_250=_row(
                     'shampoo',

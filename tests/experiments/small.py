@@ -39,6 +39,13 @@ def small_task(config='autoencoder', **changes):
     return task
 
 
+def for_few_steps(config):
+    """An optimizer's config with what a run of many steps does later done in the first ones."""
+    if 'start_step' in config:
+        config.update(start_step=1, update_every=2)
+    return config
+
+
 def lines(workdir):
     return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import main as main_lib
 from experiments import optimizers, report, telemetry, train
 from experiments import tasks as tasks_lib
 from experiments import workdir as workdir_lib
@@ -21,6 +22,7 @@ from tests.experiments.small import (
     ROOT,
     TASKS,
     config_of,
+    for_few_steps,
     lines,
     small_task,
     without_clock,
@@ -66,9 +68,8 @@ def pairs():
 @pytest.mark.parametrize(('task', 'optimizer'), list(pairs()))
 def test_every_task_with_every_optimizer(task, optimizer, tmp_path):
     task_config = small_task(task, batch_size=128)
-    summary = train.train_and_evaluate(
-        task_config, config_of('optimizers', optimizer), tmp_path, progress=False
-    )
+    config = for_few_steps(config_of('optimizers', optimizer))
+    summary = train.train_and_evaluate(task_config, config, tmp_path, progress=False)
     assert summary['steps'] == 4
     assert np.isfinite(summary['train_loss'])
     assert summary['notfinite'] == 0
@@ -383,6 +384,26 @@ def test_wrong_flags(arguments, message, tmp_path):
     assert message in done.stdout + done.stderr
     assert 'Traceback' not in done.stderr
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('flag', 'there'), [('search', 'searches/random.py'), ('table', 'tables/autoencoder.py')]
+)
+def test_other_config_files_that_are_not_there(flag, there):
+    with pytest.raises(SystemExit, match=rf'--{flag}=no.py: no such file. There are: .*{there}'):
+        main_lib._parse(['program', f'--{flag}=no.py'])
+
+
+def test_what_fails_once_training_has_begun_is_no_wrong_input(tmp_path, monkeypatch):
+    """Drivers show a ``ValueError`` of the checks without a traceback; this has one."""
+
+    def fails(*_):
+        raise ValueError('no room')
+
+    monkeypatch.setattr(train._Loop, 'run', fails)
+    with pytest.raises(RuntimeError, match=f'training failed in {tmp_path}: no room') as raised:
+        train.train_and_evaluate(small_task(), config_of('optimizers', 'sgd'), tmp_path)
+    assert isinstance(raised.value.__cause__, ValueError)
 
 
 def test_required_flags():

@@ -8,14 +8,22 @@ import pytest
 
 from experiments import sweep, tasks, train
 from tests.experiments import stand_in
-from tests.experiments.small import OPTIMIZERS, ROOT, config_of, lines, small_task, without_clock
+from tests.experiments.small import (
+    OPTIMIZERS,
+    ROOT,
+    config_of,
+    for_few_steps,
+    lines,
+    small_task,
+    without_clock,
+)
 
 
 def varied(name, factors=(1.0, 0.5, 0.25)):
     """Configs of an optimizer with all that is searched made smaller."""
     configs = []
     for factor in factors:
-        config = config_of('optimizers', name)
+        config = for_few_steps(config_of('optimizers', name))
         for key, axis in config.search_space.items():
             value = config[key]
             config[key] = 1 - (1 - value) * factor if axis.get('one_minus') else value * factor
@@ -186,6 +194,7 @@ def test_a_search_for_what_is_tracked_stops_by_it(tmp_path, monkeypatch):
     }
     assert min(worst[t['trial']] for t in trials[:2]) > max(worst[t['trial']] for t in trials[2:])
     assert {t['hyperparameters']['learning_rate'] for t in trials[:2]} == {1e-4, 1e-3}
+    assert [t['metric'] for t in trials[2:]] == [worst[t['trial']] for t in trials[2:]]
 
 
 def test_rungs_are_at_checkpoints(tmp_path, monkeypatch):

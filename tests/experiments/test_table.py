@@ -6,7 +6,7 @@ import shutil
 
 import jax
 import pytest
-from matplotlib import pyplot
+from matplotlib import figure, pyplot
 from ml_collections import config_dict
 
 from configs.tables import (
@@ -19,7 +19,7 @@ from configs.tables import (
     pos_tagging_small,
     pos_tagging_small_xpos,
 )
-from experiments import program, sweep, table, train
+from experiments import program, report, sweep, table, train
 from tests.experiments.small import config_of, lines, small_task
 
 
@@ -309,6 +309,17 @@ def test_search_and_finals(small, tmp_path):
         assert held['task']['epochs'] == 2
         assert held['optimizer']['band'] == 2
         assert trial['hyperparameters'].items() <= held['optimizer'].items()
+
+
+@pytest.mark.parametrize('unit', ['epoch', 'step'])
+def test_a_figure_goes_by_epochs_where_all_runs_have_some(unit, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figure.Figure, 'savefig', lambda self, *_, **__: drawn.extend(self.axes))
+    rows = [{'step': 5 * i, 'epoch': i, 'seconds': 7.0 * i, 'loss': 9.0 - i} for i in (1, 2)]
+    other = [row if unit == 'epoch' else {'step': 3, 'seconds': 1.0, 'loss': 2.0} for row in rows]
+    report.plot([report.Run(name, {}, log, {}) for name, log in (('a', rows), ('b', other))], '')
+    assert [axes.get_xlabel() for axes in drawn] == [unit, 'seconds of training']
+    assert list(drawn[0].lines[0].get_xdata()) == [row[unit] for row in rows]
 
 
 def test_a_table_sorted_by_the_largest(small, tmp_path):
