@@ -39,8 +39,11 @@ def make_tx(
     """
     inner = optimizers.make(optimizer_config, task.schedule, task.num_steps, task.layout)
     tx = optax.apply_if_finite(inner, config['max_consecutive_errors'])
-    if mesh is None or not optimizers.has_kernels(optimizer_config):
+    if mesh is None:
         return tx
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # whose platform need not be here
+        if not optimizers.has_kernels(optimizer_config):
+            return tx
     return precond_optax.explicit_sharding(tx, _params_like(task, mesh))
 
 

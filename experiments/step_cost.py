@@ -142,6 +142,9 @@ ON_TPUS: dict[str, Callable[[Layout], optax.GradientTransformation]] = {
     'sonew, band 2, one pass': _sonew(band=2, impl='pallas'),
     'sonew, band 4, one pass': _sonew(band=4, impl='pallas'),
     'sonew, band 8, one pass': _sonew(band=8, impl='pallas'),
+    'sonew, tridiagonal, bfloat16 state, one pass': _sonew(
+        mu_dtype=jnp.bfloat16, stats_dtype=jnp.bfloat16, impl='pallas'
+    ),
 }
 
 

@@ -17,7 +17,7 @@ linear ::
 
     count(1) + (length - 1) * (count(d) - count(1)) / (d - 1)
 
-With sonew.py:impl='pallas' its step is the fused kernel; ``auto`` is XLA's, as this is no TPU. The
+The step of sonew.py is the fused kernel, as on a TPU; with sonew.py:impl='xla' it is XLA's. The
 bytes of a kernel are counted, its FLOPs are not.
 
 Memory is that of the step as it runs, not unrolled. Branches of a ``cond`` are as the compiler

@@ -49,11 +49,6 @@ def _widest_band(band: int, layout: layout_lib.Layout) -> int:
     return max([band, *(rule.band for rule in rules if rule.band is not None)])
 
 
-def _takes_kernel(impl: str) -> bool:
-    """Whether leaves may go through the fused kernel."""
-    return impl == 'pallas' or (impl == 'auto' and jax.default_backend() == 'tpu')
-
-
 def _is_placed(impl: str, leaf: jax.Array) -> bool:
     """Whether a leaf may go through the kernel where it lies: XLA cannot share out a kernel."""
     # With several devices and no mesh in sight the compiler may yet share it out.
@@ -74,7 +69,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     band: int = 1,
     order: str = 'F',
     edge_tolerance: Scalar | None = None,
-    relative_eps: Scalar = 0.0,
+    relative_eps: Scalar | None = None,
     graft: grafting.Graft = 'adam',
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
@@ -113,7 +108,8 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     checks.in_range('b1', b1, 0, 1)
     checks.in_range('b2', b2, 0, 1)
     checks.in_range('eps', eps, 0)
-    checks.in_range('relative_eps', relative_eps, 0)
+    if relative_eps is not None:
+        checks.in_range('relative_eps', relative_eps, 0)
     if edge_tolerance is not None:
         checks.in_range('edge_tolerance', edge_tolerance, 0, 1)
     checks.flag('nesterov', nesterov)
@@ -127,6 +123,8 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     grafting.check(graft)
     layout_lib.check(layout)
     widest = _widest_band(band, layout)
+    # None, not zero, is the default: optax.inject_hyperparams would trace that.
+    more_eps: Scalar = 0.0 if relative_eps is None else relative_eps
 
     def band_of(facts: LeafLayout) -> int:
         """The leaf's off-diagonals: no more than its chain has."""
@@ -165,11 +163,13 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     def fits_kernel(facts: LeafLayout) -> bool:
         """Whether a leaf goes through the kernel."""
         dtypes = {jnp.dtype(d).name for d in (facts.dtype, mu_dtype, stats_dtype) if d is not None}
-        plain = dtypes <= {'float32', 'bfloat16'} and checks.is_static_zero(relative_eps)
-        if diagnostics or not plain or not facts.precondition or not _takes_kernel(impl):
+        plain = dtypes <= {'float32', 'bfloat16'} and checks.is_static_zero(more_eps)
+        if diagnostics or not plain or not facts.precondition or not fused.is_wanted(impl):
             return False
-        axes = facts.chain_axes(facts.order or order)
-        return fused.cut(facts.shape, facts.batch_axes, axes, band_of(facts)) is not None
+        axes, bands = facts.chain_axes(facts.order or order), band_of(facts)
+        if impl == 'auto' and bands == 0 and jax.device_count() == 1:
+            return False  # as little traffic, and no workspace
+        return fused.cut(facts.shape, facts.batch_axes, axes, bands) is not None
 
     def in_one_pass(
         grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
@@ -190,6 +190,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             tuple(facts.chain_axes(facts.order or order)),
             grafting.ADAM_EPS if graft == 'adam' else None,
             nesterov,
+            interpreted=impl == 'pallas',
         )
         # One after the other under vmap, which would put a batch axis to the scalars.
         run = jax.custom_batching.sequential_vmap(functools.partial(fused.one_pass, leaf))
@@ -224,7 +225,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         new = fused.verbs(
             _KERNELS.get(bands, banded),
             *(grad, state.mu, state.nu, state.offdiag[:bands], scalars),
-            relative_eps=relative_eps,
+            relative_eps=more_eps,
             nesterov=nesterov,
             axes=axes,
         )
@@ -275,7 +276,7 @@ def sonew(
     band: int = 1,
     order: str = 'F',
     edge_tolerance: Scalar | None = None,
-    relative_eps: Scalar = 0.0,
+    relative_eps: Scalar | None = None,
     graft: grafting.Graft = 'adam',
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
@@ -334,7 +335,7 @@ def sonew(
         diagonal is dropped, in [0, 1). None: 1e-7 for float32 statistics, 0.0078 for bfloat16,
         the rounding unit for others.
       relative_eps: added to the diagonal, in units of the largest absolute row sum of the second
-        moment of the chain, >= 0.
+        moment of the chain, >= 0. None: none.
       graft: where the size of the update comes from: 'adam', 'momentum', 'sgd',
         'rmsprop_normalized', any ``optax.GradientTransformation``, or None for SONew's own.
       mu_dtype: dtype in which the mean of the gradients is stored; None: the parameter's.
@@ -351,11 +352,13 @@ def sonew(
       impl: 'pallas': leaves that can go through a kernel do, in one pass over memory; 'xla': none
         does; 'auto': the first on TPUs. The kernel takes up to eight bands, order 'F' in leaves of
         two or three axes that fill a TPU's tiles, float32 and bfloat16, and neither
-        ``relative_eps`` nor ``diagnostics``; what it does not take is XLA's. So is, on several
+        ``relative_eps`` nor ``diagnostics``; what it does not take is XLA's. So are, with 'auto',
+        diagonals on a single device, which cost no more there; and, on several
         devices, what the compiler shares out: the kernel runs where the mesh's axes are Explicit,
         or after `explicit_sharding`; 'auto' does not guess, so it is XLA's as well where there is
         no mesh. In a ``shard_map`` or ``pmap`` all is XLA's. The results are the same to rounding.
-        Other backends interpret the kernel.
+        With 'pallas' other backends interpret the kernel. An update cannot be differentiated
+        through it.
       weight_decay: decoupled, as in ``optax.adamw``, >= 0.
       mask: which leaves decay, as in ``optax.adamw``.
 

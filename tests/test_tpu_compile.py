@@ -182,6 +182,30 @@ def test_one_pass_over_memory(topology, shape, batch_axes, band, more):
 
 
 @pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'band', 'traffic', 'temporary'),
+    [
+        ((1024, 50_257), 0, 1, 125, 22),  # whose arrays lie by columns, and are turned round
+        ((8, 1536, 16, 128), 1, 8, 330, 52),  # whose tiles have 16 rows, and 16 beside them
+    ],
+)
+def test_one_pass_where_it_costs_more(shape, batch_axes, band, traffic, temporary):
+    """Above what is aimed for, yet below XLA's own step."""
+    pytest.importorskip('libtpu')
+    layout = {'': precond_optax.LeafRule(batch_axes=batch_axes)}
+    leaf = tpu_compile.one_leaf(shape, 'v5e:2x2')
+    kernel, xla = (
+        tpu_compile.measure(precond_optax.sonew(1e-3, band=band, impl=impl, layout=layout), leaf)
+        for impl in ('pallas', 'xla')
+    )
+    for name, facts in (('kernel', kernel), ('XLA', xla)):
+        numbers = (facts.traffic / leaf.size, facts.temporary / leaf.size)
+        print(f'{shape} band {band}, {name}: {numbers[0]:.2f}, temporary {numbers[1]:.2f}')
+    assert kernel.traffic < xla.traffic
+    assert kernel.traffic / leaf.size <= traffic
+    assert kernel.temporary / leaf.size <= temporary
+
+
+@pytest.mark.parametrize(
     ('shape', 'batch_axes', 'band', 'more'),
     [
         ((8192, 8192), 0, 1, 1.05),

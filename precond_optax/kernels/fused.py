@@ -53,6 +53,11 @@ class Scalars(NamedTuple):
         return corrected + grad * self.grad_correction if nesterov else corrected
 
 
+def is_wanted(impl: str) -> bool:
+    """Whether leaves that can are to go through the kernel, by what a trace is for."""
+    return impl == 'pallas' or (impl == 'auto' and placement.platform() == 'tpu')
+
+
 class Cut(NamedTuple):
     """How a leaf is seen and cut: static.
 
@@ -81,7 +86,7 @@ def cut(shape: Sequence[int], batch_axes: int, axes: Sequence[int], band: int) -
     """How the kernel would cut a leaf; None if it cannot.
 
     It can where the chain runs along the first of two or three axes first, where this one has
-    eight rows or more that tiles divide, and where a TPU holds the others without much padding.
+    rows that tiles of eight or more divide, and where a TPU holds the others without much padding.
 
     Args:
       shape: of the leaf.
@@ -110,7 +115,7 @@ def cut(shape: Sequence[int], batch_axes: int, axes: Sequence[int], band: int) -
     # The more arrays there are, the less room has each.
     most = _TILE_BYTES * 4 // (3 + max(1, band)) // (4 * LANES * SUBLANES ** (len(tiled) - 1))
     sizes = (rows, *range(most // unit * unit, SUBLANES - 1, -unit))
-    tile = next((size for size in sizes if halo <= size <= most and rows % size == 0), None)
+    tile = next((size for size in sizes if SUBLANES <= size <= most and rows % size == 0), None)
     if tile is None:
         return None
     slower = tuple(axis - batch_axes - 1 for axis in axes[1:])
@@ -252,7 +257,13 @@ def step(
             lambda b, i, *j: (b, jnp.clip(i + step, 0, tiles - 1), 0, *j),
         )
 
-    wrapped = pl.BlockSpec((1, leaf.halo, *block), lambda b, i, *j: (b, 0, *j))
+    def end(place: int) -> pl.BlockSpec:
+        """What is beyond this tile; the others do not look, so no other block is fetched."""
+        return pl.BlockSpec(
+            (1, leaf.halo, *block),
+            lambda b, i, *j: (b, 0, *(jnp.where(i == place, at, 0) for at in j)),
+        )
+
     wide = jnp.float32
     likes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[1:]]
     likes.append(jax.ShapeDtypeStruct(arrays[0].shape, wide))
@@ -268,7 +279,7 @@ def step(
         in_specs=[
             *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(numbers),
             *[own] * count,
-            *[beside(-1), beside(1), wrapped, wrapped] * (len(borders) // 4),
+            *[beside(-1), beside(1), end(0), end(tiles - 1)] * (len(borders) // 4),
         ],
         out_specs=[
             *[own] * count,
@@ -332,6 +343,7 @@ class Static(NamedTuple):
       axes: the chain's, fastest first, of all of the leaf's.
       adam_eps: as in `step`.
       nesterov: likewise.
+      interpreted: whether other backends than TPUs interpret the kernel; else they have the verbs.
     """
 
     pattern: ModuleType
@@ -339,6 +351,7 @@ class Static(NamedTuple):
     axes: tuple[int, ...]
     adam_eps: float | None
     nesterov: bool = False
+    interpreted: bool = True
 
 
 def _noise(
@@ -371,40 +384,48 @@ def _on_a_device(
       As `one_pass`, in one tuple.
     """
     *arrays, scalars, seeds = args
-    grad, mu, nu, *offdiag = arrays
-    held, batch = list(offdiag), grad.shape[: leaf.batch_axes]
+    grad, batch = arrays[0], arrays[0].shape[: leaf.batch_axes]
     s = Scalars(*(scalars[i] for i in range(len(Scalars._fields))))
     shards = chain.Shards(leaf.axes, tuple(names))
-    part = cut(grad.shape, leaf.batch_axes, leaf.axes, len(held))
+    part = cut(grad.shape, leaf.batch_axes, leaf.axes, len(arrays) - 3)
     noise = _noise(leaf, whole, shards.names, grad.shape, seeds) if len(seeds) else None
-    if part is None:
-        grad, mu, nu, *held = (x.astype(jnp.float32) for x in arrays)
-        statistics = mu, nu, tuple(held)
-        new = verbs(leaf.pattern, grad, *statistics, s, nesterov=leaf.nesterov, axes=shards)
-        both = jnp.stack([new.direction, new.magnitude(leaf.adam_eps)], leaf.batch_axes)
-        squares = jnp.sum(both * both, axis=tuple(range(leaf.batch_axes + 1, both.ndim)))
-        mu, direction = new.mu.astype(arrays[1].dtype), new.direction
-        nu, *held = _kept((new.nu, *new.offdiag), arrays[2].dtype, batch, noise)
-    else:
-        own_names = shards.names[leaf.batch_axes :]
-        run = functools.partial(
-            step,
+
+    def by_kernel(part: Cut, interpret: bool, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        grad, mu, nu, *offdiag = arrays
+        mu, nu, held, *rest = step(
             leaf.pattern,
             part,
+            *(grad, mu, nu, tuple(offdiag), s),
             adam_eps=leaf.adam_eps,
             nesterov=leaf.nesterov,
-            names=own_names,
+            names=shards.names[leaf.batch_axes :],
             noise=noise,
+            interpret=interpret,
         )
-        mu, nu, held, direction, squares = lax.platform_dependent(
-            *(grad, mu, nu, tuple(held), s),
-            tpu=run,
-            default=functools.partial(run, interpret=True),
+        return mu, nu, *held, *rest
+
+    def by_verbs(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        grad, mu, nu, *offdiag = (x.astype(jnp.float32) for x in arrays)
+        statistics = mu, nu, tuple(offdiag)
+        new = verbs(leaf.pattern, grad, *statistics, s, nesterov=leaf.nesterov, axes=shards)
+        both = new.direction, new.magnitude(leaf.adam_eps)
+        squares = jnp.stack(
+            [jnp.sum(x * x, axis=tuple(range(len(batch), x.ndim))) for x in both], axis=-1
         )
+        kept = _kept((new.nu, *new.offdiag), arrays[2].dtype, batch, noise)
+        return new.mu.astype(arrays[1].dtype), *kept, new.direction, squares.reshape(-1, 2)
+
+    if part is None:
+        results = by_verbs(*arrays)
+    else:
+        compiled, interpreted = (functools.partial(by_kernel, part, how) for how in (False, True))
+        elsewhere = interpreted if leaf.interpreted else by_verbs
+        results = lax.platform_dependent(*arrays, tpu=compiled, default=elsewhere)
+    *held, squares = results
     squares = squares.reshape(*batch, 2)
     if shards.cuts:
         squares = lax.psum(squares, shards.cuts)
-    return mu, nu, *held, direction, squares
+    return *held, squares
 
 
 def _kept(
