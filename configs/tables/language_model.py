@@ -80,7 +80,12 @@ def get_config(size: str = 'tiny') -> config_dict.ConfigDict:
     )
     if size == 'small':  # roots of rank 32 in each step would take a CPU longer than the model
         cheaper = dict(rank=8, update_every=10)
-        rows['shared_basis'] = _row('shared_basis', 'shared basis, rank 8, every 10', **cheaper)
+        label = 'shared basis, rank 8, every 10'
+        rows['shared_basis'] = _row('shared_basis', label, **cheaper)
+        # The method's own grafting rule has no damping for the rows of rare tokens.
+        rows['shared_basis_adam'] = _row(
+            'shared_basis', f"{label}, Adam's graft", graft='adam', **cheaper
+        )
     rows['adafactor']['note'] = (
         "Optax's: it clips the update of all stacked layers as one, and leaves the second moment "
         "of attention's kernels whole, whose heads are narrower than 128"
