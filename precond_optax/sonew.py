@@ -166,10 +166,8 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         plain = dtypes <= {'float32', 'bfloat16'} and checks.is_static_zero(more_eps)
         if diagnostics or not plain or not facts.precondition or not fused.is_wanted(impl):
             return False
-        axes, bands = facts.chain_axes(facts.order or order), band_of(facts)
-        if impl == 'auto' and bands == 0 and jax.device_count() == 1:
-            return False  # as little traffic, and no workspace
-        return fused.cut(facts.shape, facts.batch_axes, axes, bands) is not None
+        axes = facts.chain_axes(facts.order or order)
+        return fused.cut(facts.shape, facts.batch_axes, axes, band_of(facts)) is not None
 
     def in_one_pass(
         grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
@@ -352,8 +350,7 @@ def sonew(
       impl: 'pallas': leaves that can go through a kernel do, in one pass over memory; 'xla': none
         does; 'auto': the first on TPUs. The kernel takes up to eight bands, order 'F' in leaves of
         two or three axes that fill a TPU's tiles, float32 and bfloat16, and neither
-        ``relative_eps`` nor ``diagnostics``; what it does not take is XLA's. So are, with 'auto',
-        diagonals on a single device, which cost no more there; and, on several
+        ``relative_eps`` nor ``diagnostics``; what it does not take is XLA's. So is, on several
         devices, what the compiler shares out: the kernel runs where the mesh's axes are Explicit,
         or after `explicit_sharding`; 'auto' does not guess, so it is XLA's as well where there is
         no mesh. In a ``shard_map`` or ``pmap`` all is XLA's. The results are the same to rounding.

@@ -468,16 +468,6 @@ def test_too_few_rows_or_columns_are_xlas(shape):
     assert not taken(precond_optax.sonew(0.1, impl='pallas'), jnp.zeros(shape))
 
 
-def test_diagonals_on_one_tpu_are_xlas(monkeypatch):
-    """They take as little traffic, and no workspace; several devices would each send borders."""
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
-    monkeypatch.setattr(jax, 'device_count', lambda: 1)
-    assert not taken(sonew('auto', band=0))
-    assert taken(sonew('auto', band=1)) == taken(sonew('pallas', band=0))
-    monkeypatch.setattr(jax, 'device_count', lambda: 8)
-    assert taken(sonew('auto', band=0)) == {'kernel', 'layers', 'heads'}
-
-
 def test_auto_on_another_backend_of_a_tpu_s_host_is_no_interpreter(monkeypatch, rng):
     """What a trace is for, and where it is compiled in the end, may differ."""
     grads, tx, whole = gradients(rng), sonew('auto'), sonew('xla')
