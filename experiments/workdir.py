@@ -25,6 +25,7 @@ ADDED: dict[str, Any] = {
     'task.log_grad_norm': True,
     'optimizer.impl': 'auto',
     'optimizer.nesterov': False,
+    'optimizer.fallback': 'sgd',
     'optimizer.schedules': {},
     'optimizer.layout': [],
 }

@@ -18,6 +18,7 @@ from precond_optax.kernels.rounding import stored_rounding
 from precond_optax.layout import LeafLayout
 
 _GRAFT_ALONE = 'grafting direction'
+_FALLBACKS = {'sgd': 'SGD direction', 'graft': _GRAFT_ALONE}
 
 
 class ScaleBySharedBasisState(NamedTuple):
@@ -52,6 +53,7 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
     residual_norm: str = 'spectral',
     graft: grafting.Graft = 'rmsprop_normalized',
     max_block_dim: int = 4096,
+    fallback: str = 'sgd',
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
@@ -65,8 +67,8 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
 
     Args:
       b1, b2, eps, nesterov, rank, power_iterations, oversampling, update_every, start_step, root,
-        residual_norm, graft, max_block_dim, mu_dtype, stats_dtype, stochastic_rounding, layout,
-        seed: as in `shared_basis`, with the same defaults.
+        residual_norm, graft, max_block_dim, fallback, mu_dtype, stats_dtype, stochastic_rounding,
+        layout, seed: as in `shared_basis`, with the same defaults.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state `ScaleBySharedBasisState`.
@@ -102,19 +104,17 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
     checks.flag('stochastic_rounding', stochastic_rounding)
     checks.one_of('root', root, tuple(matrix_root.METHODS))
     checks.one_of('residual_norm', residual_norm, kernel.RESIDUAL_NORMS)
+    checks.one_of('fallback', fallback, _FALLBACKS)
     checks.float_dtype('mu_dtype', mu_dtype)
     checks.float_dtype('stats_dtype', stats_dtype)
     grafting.check(graft)
     layout_lib.check(layout)
 
-    def fallback(facts: LeafLayout) -> str | None:
-        """What a leaf gets that is not preconditioned."""
-        size = _size(facts, facts.block_axes)
-        if facts.precondition and size <= max_block_dim:
+    def skipped(facts: LeafLayout) -> str | None:
+        """What a leaf gets that is not preconditioned, by the names of ``fallback``; else None."""
+        if facts.precondition and _size(facts, facts.block_axes) <= max_block_dim:
             return None
-        if facts.precondition:
-            return f'SGD direction, blocks of {size} > max_block_dim={max_block_dim}'
-        return _GRAFT_ALONE if len(facts.groups) < 2 else 'SGD direction'
+        return 'graft' if len(facts.groups) < 2 else fallback
 
     def rank_of(facts: LeafLayout) -> int:
         """The leaf's rank: no more than its blocks have entries."""
@@ -127,7 +127,7 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
         return tuple(facts.shape[axis] for axis in axes)
 
     def axes_of(facts: LeafLayout) -> dict[str, placement.Axes]:
-        if fallback(facts):
+        if skipped(facts):
             return {}
         batch = tuple(range(facts.batch_axes))
         # Devices that share out a block would hold all of its coefficients, as large as the leaf.
@@ -141,7 +141,7 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
 
     def init_leaf(leaf: Any, facts: LeafLayout) -> leafwise.Fields:
         fields: leafwise.Fields = {'mu': jnp.zeros_like(leaf, dtype=mu_dtype or facts.dtype)}
-        if fallback(facts):
+        if skipped(facts):
             return fields | dict.fromkeys(
                 ('basis', 'coefficients', 'residual', 'root'), optax.MaskedNode()
             )
@@ -201,11 +201,11 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
     ) -> tuple[jax.Array, leafwise.Fields]:
         own = state.graft
         changed: leafwise.Fields = {}
-        if fallback(facts) == _GRAFT_ALONE:
+        if skipped(facts) == 'graft':
             direction = own
         else:
             direction = grad
-            if fallback(facts) is None:
+            if skipped(facts) is None:
                 direction, changed = precondition(grad, state, facts)
             if graft is not None:
                 direction = grafting.rescale(direction, own, facts.axes)
@@ -217,16 +217,16 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
         return update, changed
 
     def describe(facts: LeafLayout) -> str:
-        treatment = fallback(facts)
-        if treatment:
-            return treatment
-        outputs = math.prod(facts.shape[: facts.batch_axes]) * _size(facts, facts.output_axes)
         size = _size(facts, facts.block_axes)
+        if instead := skipped(facts):
+            too_long = f', blocks of {size} > max_block_dim={max_block_dim}'
+            return _FALLBACKS[instead] + (too_long if facts.precondition else '')
+        outputs = math.prod(facts.shape[: facts.batch_axes]) * _size(facts, facts.output_axes)
         return f'shared basis, {outputs} blocks of {size}, rank {rank_of(facts)}'
 
     def cost(facts: LeafLayout) -> float:
         """Of a refresh, which the eigenproblems are most of."""
-        if fallback(facts):
+        if skipped(facts):
             return 0
         return (
             math.prod(facts.shape) / max(1, _size(facts, facts.block_axes)) * rank_of(facts) ** 3
@@ -353,6 +353,7 @@ def shared_basis(
     residual_norm: str = 'spectral',
     graft: grafting.Graft = 'rmsprop_normalized',
     max_block_dim: int = 4096,
+    fallback: str = 'sgd',
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
@@ -384,8 +385,9 @@ def shared_basis(
     The outputs are a leaf's last axis; ``LeafRule`` says otherwise: ``merge_axes=((-2, -1),)`` for
     the query, key and value kernels (d, heads, head_dim) of attention, so that a head's entries
     are outputs; ``output_axes`` for any other. Batch axes stack separate leaves. Leaves with one
-    axis or none get the grafting rule's update; embeddings (``precondition=False``) and leaves
-    with blocks longer than ``max_block_dim`` the gradient with the rule's norm; then momentum.
+    axis or none get the grafting rule's update; ``fallback`` says what embeddings
+    (``precondition=False``) and leaves with blocks longer than ``max_block_dim`` get. All have
+    momentum.
 
     State beside the parameters: two arrays of each leaf's shape (momentum, RMSProp's), and for a
     leaf of m blocks of b entries ``k b + 2 m k^2 + m`` numbers.
@@ -413,6 +415,9 @@ def shared_basis(
       graft: where the size of the update comes from: 'rmsprop_normalized', 'adam', 'momentum',
         'sgd', any ``optax.GradientTransformation``, or None for the method's own.
       max_block_dim: the longest block that is preconditioned.
+      fallback: what matrices that are not preconditioned get: 'sgd', the gradient with the
+        grafting rule's norm, as in the paper; or 'graft', the rule's update. Take the second for
+        embeddings of many tokens, few of which have a gradient in a step: the norm is of all.
       mu_dtype: dtype in which the momentum is stored; None: the parameter's.
       stats_dtype: dtype in which coefficients and roots are stored; None: the parameter's, but
         float32 at least. The basis and rho, which are small, are not affected.
@@ -464,6 +469,7 @@ def shared_basis(
         residual_norm=residual_norm,
         graft=graft,
         max_block_dim=max_block_dim,
+        fallback=fallback,
         mu_dtype=mu_dtype,
         stats_dtype=stats_dtype,
         stochastic_rounding=stochastic_rounding,

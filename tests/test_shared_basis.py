@@ -129,6 +129,23 @@ def test_embeddings_and_long_blocks_get_grafted_sgd(rng):
     assert table.leaves[0].treatment == 'SGD direction, blocks of 9 > max_block_dim=8'
 
 
+def test_embeddings_and_long_blocks_get_the_grafting_rule_s_update_if_asked(rng):
+    grads = random_grads(rng, (9, 4), 3)
+    keywords = dict(b2=0.9, b1=0.0, fallback='graft')
+    routed = scale_by(layout={'': LeafRule(precondition=False)}, **keywords)
+    long = scale_by(max_block_dim=8, **keywords)
+    w = oracles.normalized_rms_direction([np.asarray(g) for g in grads], 0.9)
+    for tx, why in ((routed, ''), (long, ', blocks of 9 > max_block_dim=8')):
+        updates, _ = directions(tx, grads)
+        assert_close(updates[-1], w, 1e-5)
+        table = precond_optax.plan(tx, grads[0])
+        assert table.leaves[0].treatment == f'grafting direction{why}'
+    preconditioned, plain = (
+        directions(scale_by(**k), grads)[0] for k in (keywords, {'b2': 0.9, 'b1': 0.0})
+    )
+    np.testing.assert_array_equal(preconditioned, plain)
+
+
 def test_plan_says_what_each_leaf_gets():
     shapes = {'kernel': (3, 8, 6), 'bias': (6,), 'embed': (10, 4), 'small': (8, 2)}
     params = {k: jnp.zeros(s) for k, s in shapes.items()}
@@ -314,6 +331,7 @@ def test_seeds_and_paths_give_other_bases_and_layers_the_same():
         ({'oversampling': -1}, 'oversampling must be an integer >= 0, got -1'),
         ({'update_every': 0}, 'update_every must be an integer >= 1, got 0'),
         ({'max_block_dim': 0}, 'max_block_dim must be an integer >= 1, got 0'),
+        ({'fallback': 'adam'}, "fallback must be one of 'sgd', 'graft', got 'adam'"),
         ({'start_step': -1}, r'start_step must be in \[0, inf\), got -1'),
         (
             {'root': 'cholesky'},

@@ -21,6 +21,7 @@ def get_config() -> config_dict.ConfigDict:
             residual_norm='spectral',
             graft='rmsprop_normalized',
             max_block_dim=4096,
+            fallback='sgd',
             mu_dtype=config_dict.placeholder(str),
             stats_dtype=config_dict.placeholder(str),
             stochastic_rounding=True,

@@ -82,9 +82,9 @@ def get_config(size: str = 'tiny') -> config_dict.ConfigDict:
         cheaper = dict(rank=8, update_every=10)
         label = 'shared basis, rank 8, every 10'
         rows['shared_basis'] = _row('shared_basis', label, **cheaper)
-        # The method's own grafting rule has no damping for the rows of rare tokens.
-        rows['shared_basis_adam'] = _row(
-            'shared_basis', f"{label}, Adam's graft", graft='adam', **cheaper
+        # The row before gives the embedding the gradient with RMSProp's norm, as in the paper.
+        rows['shared_basis_graft'] = _row(
+            'shared_basis', f'{label}, the embedding by RMSProp', fallback='graft', **cheaper
         )
     rows['adafactor']['note'] = (
         "Optax's: it clips the update of all stacked layers as one, and leaves the second moment "
