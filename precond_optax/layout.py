@@ -22,10 +22,9 @@ class LeafRule:
 
     Args:
       precondition: True: preconditioned, whatever its number of axes. False: the first-order
-        direction (Adam's for SONew, the gradient with the grafting rule's norm for the shared
-        basis, the grafting rule's for Shampoo and Sketchy, blocks of one entry for MBAG and Block
-        Adam). None: decided by the number of axes
-        that are not batch axes, merged ones counted as one; two or more are preconditioned.
+        direction (Adam's for SONew, the grafting rule's for the shared basis, Shampoo and Sketchy,
+        blocks of one entry for MBAG and Block Adam). None: decided by the number of axes that are
+        not batch axes, merged ones counted as one; two or more are preconditioned.
       batch_axes: how many leading axes stack separate leaves, such as scanned layers. A leaf of
         shape (layers, m, n) with ``batch_axes=1`` is treated exactly as its layers would be.
       merge_axes: groups of neighbouring axes that are seen as one, as ``reshape`` merges them;

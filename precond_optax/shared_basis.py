@@ -53,7 +53,7 @@ def scale_by_shared_basis(  # noqa: D417 (its arguments are those of `shared_bas
     residual_norm: str = 'spectral',
     graft: grafting.Graft = 'rmsprop_normalized',
     max_block_dim: int = 4096,
-    fallback: str = 'sgd',
+    fallback: str = 'graft',
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
@@ -353,7 +353,7 @@ def shared_basis(
     residual_norm: str = 'spectral',
     graft: grafting.Graft = 'rmsprop_normalized',
     max_block_dim: int = 4096,
-    fallback: str = 'sgd',
+    fallback: str = 'graft',
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
@@ -415,9 +415,9 @@ def shared_basis(
       graft: where the size of the update comes from: 'rmsprop_normalized', 'adam', 'momentum',
         'sgd', any ``optax.GradientTransformation``, or None for the method's own.
       max_block_dim: the longest block that is preconditioned.
-      fallback: what matrices that are not preconditioned get: 'sgd', the gradient with the
-        grafting rule's norm, as in the paper; or 'graft', the rule's update. Take the second for
-        embeddings of many tokens, few of which have a gradient in a step: the norm is of all.
+      fallback: what matrices that are not preconditioned get: 'graft', the grafting rule's update;
+        or 'sgd', as in the paper, the gradient with that update's norm. The norm is of all rows: of
+        an embedding of many tokens, few of which have a gradient in a step, these take it all.
       mu_dtype: dtype in which the momentum is stored; None: the parameter's.
       stats_dtype: dtype in which coefficients and roots are stored; None: the parameter's, but
         float32 at least. The basis and rho, which are small, are not affected.

@@ -21,7 +21,7 @@ def get_config() -> config_dict.ConfigDict:
             residual_norm='spectral',
             graft='rmsprop_normalized',
             max_block_dim=4096,
-            fallback='sgd',
+            fallback='sgd',  # as in the paper; language models want 'graft', the default
             mu_dtype=config_dict.placeholder(str),
             stats_dtype=config_dict.placeholder(str),
             stochastic_rounding=True,
