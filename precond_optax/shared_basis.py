@@ -416,8 +416,8 @@ def shared_basis(
         'sgd', any ``optax.GradientTransformation``, or None for the method's own.
       max_block_dim: the longest block that is preconditioned.
       fallback: what matrices that are not preconditioned get: 'graft', the grafting rule's update;
-        or 'sgd', as in the paper, the gradient with that update's norm. The norm is of all rows: of
-        an embedding of many tokens, few of which have a gradient in a step, these take it all.
+        or 'sgd', as in the paper, the gradient with that update's norm, which is that of all rows:
+        of an embedding of many tokens the few that have a gradient in a step take it all.
       mu_dtype: dtype in which the momentum is stored; None: the parameter's.
       stats_dtype: dtype in which coefficients and roots are stored; None: the parameter's, but
         float32 at least. The basis and rho, which are small, are not affected.
