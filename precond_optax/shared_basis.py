@@ -17,8 +17,7 @@ from precond_optax.kernels import shared_basis as kernel
 from precond_optax.kernels.rounding import stored_rounding
 from precond_optax.layout import LeafLayout
 
-_GRAFT_ALONE = 'grafting direction'
-_FALLBACKS = {'sgd': 'SGD direction', 'graft': _GRAFT_ALONE}
+_FALLBACKS = {'sgd': 'SGD direction', 'graft': 'grafting direction'}
 
 
 class ScaleBySharedBasisState(NamedTuple):
