@@ -51,6 +51,12 @@ def rows_of(found: Mapping[str, Mapping[str, float]]) -> config_dict.ConfigDict:
                 row.settings.update(found[name])
         else:
             row.note = 'not searched, the settings are those of its config'
+    other = config.rows.shared_basis.copy_and_resolve_references()
+    with other.unlocked():
+        other.settings.fallback = 'graft'
+        other.label += ', embeddings by RMSProp'
+        other.note = 'the settings are those of the row without'
+    config.rows.shared_basis_graft = other
     return config
 
 
