@@ -55,6 +55,7 @@ _FOUND: dict[str, dict[str, dict[str, float]]] = dict(
             b1=0.9289, b2=0.9478, learning_rate=0.00269, relative_eps=0.0003582
         ),
         shared_basis=dict(b1=0.9478, b2=0.9448, eps=1.001e-09, learning_rate=0.001398),
+        shared_basis_graft=dict(b1=0.8437, b2=0.9908, eps=1.277e-05, learning_rate=0.0005762),
     ),
 )
 

@@ -3,8 +3,6 @@
 Blocks of matrices and ranks are those of the paper's table, divided as the widths are; mini-blocks
 are as large as there. Floats are the best of the row's search, where there is one (16 random
 trials of the whole 20 epochs, `experiments/results/pos_tagging/small_search`), with four digits.
-It was made when words that come once were unknown (``min_count=2``, no ``word_dropout``), and
-stopped trials by their training loss.
 """
 
 from collections.abc import Mapping
@@ -20,13 +18,10 @@ _SMALLER = dict(
     sketchy=(dict(rank=32, block_size=128), 'Sketchy, rank 32'),
 )
 _FOUND = dict(
-    adam=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.003679),
-    block_adam=dict(b1=0.8819, b2=0.9978, eps=1.473e-06, learning_rate=0.006383),
-    sonew_tridiagonal=dict(b1=0.8437, b2=0.9908, learning_rate=0.01633, relative_eps=1.616e-06),
-    sonew_band_4=dict(b1=0.8506, b2=0.827, learning_rate=0.01923, relative_eps=0.0004511),
+    adam=dict(b1=0.8819, b2=0.9978, eps=1.473e-06, learning_rate=0.004144),
+    sonew_tridiagonal=dict(b1=0.9347, b2=0.9296, learning_rate=0.01931, relative_eps=1.097e-06),
+    sonew_band_4=dict(b1=0.9347, b2=0.9296, learning_rate=0.01931, relative_eps=1.097e-06),
     shared_basis=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
-    soaa=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, gamma=0.316, learning_rate=0.002146),
-    shampoo_1024=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
 )
 
 
