@@ -19,9 +19,11 @@ _SMALLER = dict(
 )
 _FOUND = dict(
     adam=dict(b1=0.8819, b2=0.9978, eps=1.473e-06, learning_rate=0.004144),
+    block_adam=dict(b1=0.8819, b2=0.9978, eps=1.473e-06, learning_rate=0.006383),
     sonew_tridiagonal=dict(b1=0.9347, b2=0.9296, learning_rate=0.01931, relative_eps=1.097e-06),
     sonew_band_4=dict(b1=0.9347, b2=0.9296, learning_rate=0.01931, relative_eps=1.097e-06),
     shared_basis=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
+    soaa=dict(b1=0.9289, b2=0.9478, eps=2.848e-08, gamma=0.2275, learning_rate=0.004169),
 )
 
 
