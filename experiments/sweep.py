@@ -154,6 +154,7 @@ def sweep(
     task = train.check(task_config, optimizer_config, data_dir)
     largest = [task.tracked, f'best_{task.tracked}'] if task.tracked else []
     sign = -1 if search['metric'] in largest else 1  # the study minimises
+    tracked = task.tracked if sign < 0 else ''
     metrics = sorted({*train.metrics(task), *largest})
     if search['metric'] not in metrics:
         raise ValueError(f'search.metric must be one of {metrics}, got {search["metric"]!r}.')
@@ -188,7 +189,7 @@ def sweep(
     for stop in sorted({*stops.values()} - {task.num_steps}):
         left = _running(study)
         experiments = [prepared(trial) for trial in left]
-        values = _to_rung(experiments, stop, together, task.tracked if sign < 0 else '')
+        values = _to_rung(experiments, stop, together, tracked)
         for trial, value in zip(left, values, strict=True):
             if stop not in trial.intermediate_values:
                 optuna.trial.Trial(study, trial._trial_id).report(value, stop)
@@ -207,7 +208,7 @@ def sweep(
         row['metric'] *= sign
         if 'stopped_at' in row:
             rows = workdir_lib.read_metrics(root / row['trial'])
-            row['metric'], _ = at_rung(rows, row['stopped_at'], task.tracked if sign < 0 else '')
+            row['metric'], _ = at_rung(rows, row['stopped_at'], tracked)
     content = {'search': search, 'largest': sign < 0, 'trials': found}
     workdir_lib.write_json(root / 'sweep.json', content)
     return found

@@ -159,17 +159,20 @@ def test_sketches_are_the_oracles(rng, size, rank, count):
 def test_a_subspace_that_fits_is_held_exactly(rng):
     """K directions, not k - 1: what is taken off is the first eigenvalue left out.
 
-    In each update rounding leaves out less than a unit of the largest.
+    In each update rounding leaves out about half a unit of the largest, which adds up.
     """
     span = rng.normal(size=(32, 3))
     held, full = (jnp.zeros((32, 3)), jnp.zeros(3), jnp.zeros(())), np.zeros((32, 32))
-    for _ in range(100):
+    for count in range(1, 101):
         grad = span @ rng.normal(size=(3, 40))
         *held, _ = update(jnp.asarray(grad, jnp.float32), *held, b2=1.0, weight=1.0)
         full += grad @ grad.T
+        if count == 10:
+            assert held[2] < 1e-5 * full.max()
+            np.testing.assert_allclose(dense(*held) / full.max(), full / full.max(), atol=1e-5)
     largest = np.linalg.eigvalsh(full)[-1]
-    assert held[2] < 100 * np.finfo('float32').eps * largest
-    np.testing.assert_allclose(dense(*held) / largest, full / largest, atol=2e-5)
+    assert held[2] < 60 * np.finfo('float32').eps * largest
+    np.testing.assert_allclose(dense(*held) / largest, full / largest, atol=1e-5)
 
 
 @pytest.mark.parametrize('count', [1, 6])
