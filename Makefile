@@ -12,6 +12,12 @@ SEEDS ?= 0
 .PHONY: demo test lint test-slow test-tpu-compile tpu-compile step-cost \
   table-autoencoder clean
 
+# On a CPU XLA takes a step's workspace anew in each step. glibc gives large ones back to the system,
+# whose every page is then mapped again; so it keeps them.
+demo step-cost table-autoencoder: export MALLOC_ARENA_MAX := 1
+demo step-cost table-autoencoder: export MALLOC_MMAP_MAX_ := 0
+demo step-cost table-autoencoder: export MALLOC_TRIM_THRESHOLD_ := 8000000000
+
 demo: $(VENV)/experiments.stamp
 	rm -rf $(DEMO)
 	@for run in adam sonew_diagonal sonew; do \

@@ -15,6 +15,7 @@ Flattening a sharded array makes XLA gather it. A roll along an axis moves the b
 ring of shards; so does the shift of the border row along the slower axes.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -108,6 +109,13 @@ def _neighbour_of_shards(x: jax.Array, shards: Shards, step: int) -> jax.Array:
     """`_neighbour` of one device's part."""
     if not shards.cuts:
         return _neighbour(x, shards.axes, step)
+    return _joined(x, shards, step)
+
+
+def _joined(x: jax.Array, shards: Shards, step: int) -> jax.Array:
+    """The same as the rows there are, and those that follow them."""
+    if not shards.axes:
+        return jnp.zeros_like(x)
     fastest, size = shards.axes[0], x.shape[shards.axes[0]]
     end, begin = (0, 1) if step == 1 else (size - 1, 0)
     further = beyond(lax.slice_in_dim(x, end, end + 1, axis=fastest), shards, step)
@@ -118,13 +126,25 @@ def _neighbour_of_shards(x: jax.Array, shards: Shards, step: int) -> jax.Array:
 
 
 def _neighbour_anywhere(x: jax.Array, axes: ChainAxes, step: int) -> jax.Array:
-    """The same where the mesh has explicit axes, along which rolls and masks have no rule."""
+    """`_neighbour`, however the axes are given and whatever is known of the place."""
     if isinstance(axes, Tile):
         return axes.roll(x, -step)
     if isinstance(axes, Shards):
         return _neighbour_of_shards(x, axes, step)
-    one = placement.in_auto_axes(lambda x: (_neighbour(x, axes, step),), x, [placement.like(x)], x)
-    return one[0]
+
+    def shifted(x: jax.Array) -> tuple[jax.Array]:
+        by_roll = functools.partial(_neighbour, axes=axes, step=step)
+        if jax.device_count() > 1 or not isinstance(x, jax.core.Tracer):
+            return (by_roll(x),)
+        # There are no other parts. A CPU copies what is rolled, and branches for each entry to
+        # choose between it and the border. What is traced here may be for many other devices.
+        alone = Shards(tuple(axes), ((),) * x.ndim)
+        by_parts = functools.partial(_joined, shards=alone, step=step)
+        return (lax.platform_dependent(x, cpu=by_parts, default=by_roll),)
+
+    # Along explicit axes rolls and masks have no rule.
+    (one,) = placement.in_auto_axes(shifted, x, [placement.like(x)], x)
+    return one
 
 
 def successor(x: jax.Array, axes: ChainAxes) -> jax.Array:

@@ -38,11 +38,14 @@ def shifted(x, batch, order, step):
     return out
 
 
-@given(arrays_and_axes())
-def test_shifts_equal_those_of_the_flattened_chain(drawn):
+@pytest.mark.parametrize('devices', [1, 8])
+@given(drawn=arrays_and_axes())
+def test_shifts_equal_those_of_the_flattened_chain(devices, drawn):
     x, axes, batch, order = drawn
-    successor = chain.successor(jnp.asarray(x), axes)
-    predecessor = chain.predecessor(jnp.asarray(x), axes)
+    with pytest.MonkeyPatch.context() as patch:  # a single one has a way of its own
+        patch.setattr(jax, 'device_count', lambda: devices)
+        successor = jax.jit(lambda x: chain.successor(x, axes))(x)
+        predecessor = jax.jit(lambda x: chain.predecessor(x, axes))(x)
     np.testing.assert_array_equal(successor, shifted(x, batch, order, 1))
     np.testing.assert_array_equal(predecessor, shifted(x, batch, order, -1))
 
