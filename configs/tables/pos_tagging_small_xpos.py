@@ -4,7 +4,8 @@ The settings are those found for UPOS on PTNK; the learning rate, which a search
 and on another treebank tells little of, is searched again around the one found:
 
 python -m experiments.table --stage=search --epochs=4 --search=configs/searches/grid.py \\
-    --table=configs/tables/pos_tagging_small_xpos.py --workdir=DIR --data_dir=DATA
+    --table=configs/tables/pos_tagging_small_xpos.py --table.settings.warmup_epochs=1 \\
+    --workdir=DIR --data_dir=DATA
 """
 
 from ml_collections import config_dict
@@ -22,7 +23,7 @@ def get_config() -> config_dict.ConfigDict:
     task = small.get_config()
     config.task = 'pos_tagging'
     config.settings = {name: task[name] for name in _MODEL}
-    config.settings.update(epochs=10, warmup_epochs=2)
+    config.settings.update(epochs=10, warmup_epochs=2, checkpoint_every_epochs=2)
     for name, found in pos_tagging_small.FOUND.items():
         rate = found['learning_rate']
         grid = tuple(float(f'{factor * rate:.4g}') for factor in _FACTORS)
