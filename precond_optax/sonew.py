@@ -13,7 +13,7 @@ import optax
 from precond_optax import checks, grafting, leafwise, placement
 from precond_optax import layout as layout_lib
 from precond_optax.checks import Scalar
-from precond_optax.kernels import banded, diagonal, fused, rounding, tridiagonal
+from precond_optax.kernels import banded, diagonal, fused, rounding, tiles, tridiagonal, verbs
 from precond_optax.layout import LeafLayout
 
 # Special forms by the number of off-diagonals; all others are banded.
@@ -150,24 +150,25 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             return edge_tolerance
         return _edge_tolerance(jnp.dtype(stats_dtype or facts.compute_dtype))
 
-    def scalars_of(state: ScaleBySonewState, facts: LeafLayout) -> fused.Scalars:
+    def scalars_of(state: ScaleBySonewState, facts: LeafLayout) -> verbs.Scalars:
         mu_correction, nu_correction = 1 / (1 - b1**state.count), 1 / (1 - b2**state.count)
         grad_correction: Scalar = 0.0
         if nesterov:
             grad_correction = (1 - b1) * mu_correction
             mu_correction = b1 / (1 - b1 ** (state.count + 1))
-        return fused.Scalars(
-            *(b1, b2, mu_correction, nu_correction, eps, tolerance(facts), grad_correction)
+        corrections = mu_correction, nu_correction
+        return verbs.Scalars(
+            *(b1, b2, *corrections, eps, tolerance(facts), grad_correction, more_eps)
         )
 
     def fits_kernel(facts: LeafLayout) -> bool:
         """Whether a leaf goes through the kernel."""
         dtypes = {jnp.dtype(d).name for d in (facts.dtype, mu_dtype, stats_dtype) if d is not None}
-        plain = dtypes <= {'float32', 'bfloat16'} and checks.is_static_zero(more_eps)
+        plain = dtypes <= {'float32', 'bfloat16'}
         if diagnostics or not plain or not facts.precondition or not fused.is_wanted(impl):
             return False
         axes = facts.chain_axes(facts.order or order)
-        return fused.cut(facts.shape, facts.batch_axes, axes, band_of(facts)) is not None
+        return tiles.cut(facts.shape, facts.batch_axes, axes, band_of(facts)) is not None
 
     def in_one_pass(
         grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
@@ -188,6 +189,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             tuple(facts.chain_axes(facts.order or order)),
             grafting.ADAM_EPS if graft == 'adam' else None,
             nesterov,
+            relative=not checks.is_static_zero(more_eps),
             interpreted=impl == 'pallas',
         )
         # One after the other under vmap, which would put a batch axis to the scalars.
@@ -220,10 +222,9 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             nu, _ = diagonal.accumulate(grad, state.nu, (), b2=b2, axes=axes)
             means = (scalars.mu_hat(mu, grad, nesterov), nu * scalars.nu_correction)
             return grafting.adam_direction(*means), {'mu': mu, 'nu': nu}
-        new = fused.verbs(
+        new = verbs.step(
             _KERNELS.get(bands, banded),
             *(grad, state.mu, state.nu, state.offdiag[:bands], scalars),
-            relative_eps=more_eps,
             nesterov=nesterov,
             axes=axes,
         )
@@ -248,7 +249,8 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         chains = math.prod(facts.shape[: facts.batch_axes])
         how = ''
         if fits_kernel(facts):
-            how = ', in one pass' + (' where it may' if jax.device_count() > 1 else '')
+            how = ', in one pass' + ('' if checks.is_static_zero(more_eps) else ' after another')
+            how += ' where it may' if jax.device_count() > 1 else ''
         return f'{pattern}, {chains} x {facts.size}, order {facts.order or order}{how}'
 
     return leafwise.leafwise(
@@ -349,11 +351,12 @@ def sonew(
         last step dropped. Costs nothing when off.
       impl: 'pallas': leaves that can go through a kernel do, in one pass over memory; 'xla': none
         does; 'auto': the first on TPUs. The kernel takes up to eight bands, order 'F' in leaves of
-        two or three axes that fill a TPU's tiles, float32 and bfloat16, and neither
-        ``relative_eps`` nor ``diagnostics``; what it does not take is XLA's. So is, on several
-        devices, what the compiler shares out: the kernel runs where the mesh's axes are Explicit,
-        or after `explicit_sharding`; 'auto' does not guess, so it is XLA's as well where there is
-        no mesh. In a ``shard_map`` or ``pmap`` all is XLA's. The results are the same to rounding.
+        two or three axes that fill a TPU's tiles, float32 and bfloat16, and no ``diagnostics``;
+        ``relative_eps`` is a pass before, which reads. What it does not take is XLA's. So is, on
+        several devices, what the compiler shares out: the kernel runs where the mesh's axes are
+        Explicit, or after `explicit_sharding`; 'auto' does not guess, so it is XLA's as well where
+        there is no mesh. In a ``shard_map`` or ``pmap`` all is XLA's. The results are the same to
+        rounding.
         With 'pallas' other backends interpret the kernel. An update cannot be differentiated
         through it.
       weight_decay: decoupled, as in ``optax.adamw``, >= 0.

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import precond_optax
 from precond_optax import LeafRule
-from precond_optax.kernels import fused
+from precond_optax.kernels import fused, tiles
 from tests import oracles
 from tests.compiled import border, collectives
 
@@ -57,6 +57,9 @@ def assert_same(got, expected):
         {'graft': 'sgd'},
         {'graft': 'rmsprop_normalized'},
         {'graft': optax.scale_by_rms(0.9)},
+        {'relative_eps': 1e-1},
+        {'relative_eps': 1e-1, 'band': 3, 'eps': 0.0},
+        {'relative_eps': 1e-1, 'band': 0},
     ],
 )
 def test_one_pass_is_xlas(keywords, rng):
@@ -78,8 +81,7 @@ def test_one_pass_is_xlas(keywords, rng):
     'keywords',
     [
         {'order': 'C'},
-        {'band': fused.MAX_BAND + 1},
-        {'relative_eps': 1e-3},
+        {'band': tiles.MAX_BAND + 1},
         {'diagnostics': True},
         {'mu_dtype': 'float16'},
         {'stats_dtype': 'float16'},
@@ -218,6 +220,26 @@ def test_each_device_steps_its_part(kind, shape, batch_axes, spec, band, fills, 
         assert sum(permutes) <= (2 + band) * band * edge
 
 
+@pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'spec', 'band', 'fills'),
+    [PARTS[i] for i in (0, 2, 6, 8, 9, 10, 11)],
+)
+def test_relative_damping_is_the_leaf_s(shape, batch_axes, spec, band, fills, rng):
+    """By the largest row of all devices' parts; beside what is moved anyway one number a chain."""
+    layout = {'': LeafRule(batch_axes=batch_axes)}
+    keywords = dict(band=band, layout=layout, eps=0.0, relative_eps=0.1)
+    ours, theirs = (sonew(impl, **keywords) for impl in ('pallas', 'xla'))
+    grads = [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2)]
+    grads = [grad.at[..., 3, 5].set(20.0) for grad in grads]  # on one device alone
+    state = theirs.init(grads[0])
+    for grad in grads:
+        expected, state = theirs.update(grad, state)
+    updates, held, found, _ = in_a_mesh(AxisType.Explicit, spec, ours, grads)
+    assert_same(jax.device_get((updates, held)), (expected, state))
+    assert {kind for kind, _ in found} <= {'collective-permute', 'all-reduce'}
+    assert sum(size for kind, size in found if kind == 'all-reduce') <= 3 * 4 * 4
+
+
 def part(shape, spec):
     """The sizes of a device's part in the mesh (4, 2)."""
     names = [n if isinstance(n, tuple) else (n,) for n in (*spec, *[None] * len(shape))]
@@ -232,7 +254,7 @@ def test_the_parts_are_as_said():
     """Of those that fill a tile and those that do not."""
     for shape, batch_axes, spec, band, fills in PARTS:
         axes = tuple(range(batch_axes, len(shape)))
-        assert (fused.cut(part(shape, spec), batch_axes, axes, band) is not None) == fills
+        assert (tiles.cut(part(shape, spec), batch_axes, axes, band) is not None) == fills
 
 
 @pytest.mark.parametrize(
@@ -484,7 +506,7 @@ def test_auto_on_another_backend_of_a_tpu_s_host_is_no_interpreter(monkeypatch, 
 )
 def test_each_block_is_fetched_once(shape, band, monkeypatch):
     """As the compiler's counts of a kernel's traffic take for granted."""
-    monkeypatch.setattr(fused, '_TILE_BYTES', 2**16)  # several tiles
+    monkeypatch.setattr(tiles, '_TILE_BYTES', 2**16)  # several tiles
     calls = []
     real = pallas.pallas_call
 
@@ -496,14 +518,18 @@ def test_each_block_is_fetched_once(shape, band, monkeypatch):
         return call
 
     monkeypatch.setattr(pallas, 'pallas_call', counting)
-    tx = precond_optax.sonew(0.1, band=band, impl='pallas')
+    tx = precond_optax.sonew(0.1, band=band, relative_eps=0.1, impl='pallas')
     params = jnp.zeros(shape)
     fused.one_pass.clear_cache()
     jax.eval_shape(tx.update, params, tx.init(params))
     fused.one_pass.clear_cache()
-    grid, specs, operands = calls[0]
-    assert grid[1] > 1
-    for spec, operand in zip(specs, operands, strict=True):
+    assert len(calls) == 4  # two passes, compiled and interpreted
+    for grid, spec, operand in (
+        (grid, *each)
+        for grid, specs, operands in calls
+        for each in zip(specs, operands, strict=True)
+    ):
+        assert grid[1] > 1
         if spec.index_map is None:
             continue
         places = [

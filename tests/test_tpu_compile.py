@@ -207,6 +207,28 @@ def test_one_pass_where_it_costs_more(shape, batch_axes, band, traffic, temporar
 
 @pytest.mark.parametrize(
     ('shape', 'batch_axes', 'band', 'more'),
+    [((8192, 8192), 0, 1, 1.05), ((8192, 8192), 0, 4, 1.1), ((32, 1536, 4096), 1, 1, 1.1)],
+)
+def test_one_pass_after_one_for_relative_damping(shape, batch_axes, band, more):
+    """Which reads g, d and e, and writes next to nothing."""
+    pytest.importorskip('libtpu')
+    layout = {'': precond_optax.LeafRule(batch_axes=batch_axes)}
+    keywords = dict(band=band, relative_eps=1e-4, layout=layout)
+    leaf = tpu_compile.one_leaf(shape, 'v5e:2x2')
+    kernel, xla = (
+        tpu_compile.measure(precond_optax.sonew(1e-3, impl=impl, **keywords), leaf)
+        for impl in ('pallas', 'xla')
+    )
+    traffic, temporary = kernel.traffic / leaf.size, kernel.temporary / leaf.size
+    least = 2 * 4 * (3 + band) + 12 + 4 * (2 + band)
+    print(f'{shape} band {band}, relative: {traffic:.2f} ({least}), temporary {temporary:.2f}')
+    print(f'XLA: {xla.traffic / leaf.size:.2f}, temporary {xla.temporary / leaf.size:.2f}')
+    assert least <= traffic <= more * least
+    assert temporary <= 5.5
+
+
+@pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'band', 'more'),
     [
         ((8192, 8192), 0, 1, 1.05),
         ((8192, 8192), 0, 4, 1.12),

@@ -60,12 +60,18 @@ def damp(
     damped = diag + jnp.maximum(eps, jnp.finfo(diag.dtype).tiny)
     if checks.is_static_zero(relative_eps):
         return damped
-    row_sum = diag
+    largest = jnp.max(row_sums(diag, offdiag, axes), axis=tuple(axes), keepdims=True)
+    return damped + relative_eps * largest
+
+
+def row_sums(diag: jax.Array, offdiag: tuple[jax.Array, ...], axes: chain.ChainAxes) -> jax.Array:
+    """``sum_k |H_ik|`` in place of each entry i, of H with this diagonal and these others."""
+    sums = diag
     for edge in offdiag:
-        row_sum = row_sum + jnp.abs(edge)
+        sums = sums + jnp.abs(edge)
     if offdiag:
-        row_sum = row_sum + chain.sum_of_predecessors([jnp.abs(e) for e in offdiag], axes)
-    return damped + relative_eps * jnp.max(row_sum, axis=tuple(axes), keepdims=True)
+        sums = sums + chain.sum_of_predecessors([jnp.abs(e) for e in offdiag], axes)
+    return sums
 
 
 def apply(

@@ -1,4 +1,6 @@
-"""The fused kernel against the verbs that it fuses, interpreted; `cut` says what it takes."""
+"""The kernels against the verbs that they fuse, interpreted; `cut` says what they take."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +8,23 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from precond_optax.kernels import banded, chain, diagonal, fused, tridiagonal
+from precond_optax.kernels import banded, chain, diagonal, tiles, tridiagonal, verbs
 
-SCALARS = fused.Scalars(0.9, 0.8, 1 / (1 - 0.9**3), 1 / (1 - 0.8**3), 0.1, 1e-7, 0.3)
+SCALARS = verbs.Scalars(0.9, 0.8, 1 / (1 - 0.9**3), 1 / (1 - 0.8**3), 0.1, 1e-7, 0.3)
+
+
+def numbers(batch=1):
+    """With an eps for each chain."""
+    return tiles.Numbers(SCALARS, SCALARS.eps * (1 + jnp.arange(batch)))
+
+
+def scalars(shape, batch_axes):
+    """Those numbers for the verbs."""
+    batch = shape[:batch_axes]
+    eps = numbers(math.prod(batch)).eps.reshape(*batch, *(1 for _ in shape[batch_axes:]))
+    return SCALARS._replace(eps=eps)
+
+
 # Shape, batch axes, the chain's axes, bands.
 CASES = [
     ((64, 128), 0, (0, 1), 1),  # one tile
@@ -28,19 +44,19 @@ CASES = [
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Of 8 to 32 rows, so that small leaves have several."""
-    real = fused.cut
+    real = tiles.cut
 
     def cut(shape, batch_axes, axes, band):
         heads = len(shape) - batch_axes == 3
-        monkeypatch.setattr(fused, '_TILE_BYTES', 2**17 if heads else 2**14)
+        monkeypatch.setattr(tiles, '_TILE_BYTES', 2**17 if heads else 2**14)
         return real(shape, batch_axes, axes, band)
 
-    monkeypatch.setattr(fused, 'cut', cut)
+    monkeypatch.setattr(tiles, 'cut', cut)
 
 
-def verbs(pattern, axes, batch_axes, grad, mu, nu, offdiag, s, adam_eps, nesterov=False):
-    """What `fused.step` computes, on whole arrays."""
-    new = fused.verbs(pattern, grad, mu, nu, offdiag, s, nesterov=nesterov, axes=axes)
+def by_verbs(pattern, axes, batch_axes, grad, mu, nu, offdiag, s, adam_eps, nesterov=False):
+    """What `tiles.step` computes, on whole arrays."""
+    new = verbs.step(pattern, grad, mu, nu, offdiag, s, nesterov=nesterov, axes=axes)
     w = new.mu_hat if adam_eps is None else new.mu_hat / (jnp.sqrt(new.nu_hat) + adam_eps)
     own = tuple(range(batch_axes, grad.ndim))
     squares = [jnp.sum(x * x, axis=own).ravel() for x in (new.direction, w)]
@@ -56,6 +72,18 @@ def arrays(rng, shape, axes, band, scale=1.0):
     return grads[0], sum(grads[1:]) / 3, nu, edges
 
 
+def rows_of(diag, edges, axes):
+    """What is not zero of each row of H: (batch axes..., n, 1 + 2 bands)."""
+    lines = [np.asarray(chain.to_line(x, axes), np.float64) for x in (diag, *edges)]
+    n = lines[0].shape[-1]
+    rows = np.zeros((*lines[0].shape, 1 + 2 * len(edges)))
+    rows[..., 0] = lines[0]
+    for k, line in enumerate(lines[1:], 1):
+        rows[..., 2 * k - 1] = line
+        rows[..., k:, 2 * k] = line[..., : n - k]
+    return rows
+
+
 def assert_near(got, expected):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5 * jnp.max(abs(b))),
@@ -67,13 +95,32 @@ def assert_near(got, expected):
 @pytest.mark.parametrize(('shape', 'batch_axes', 'axes', 'band'), CASES)
 @pytest.mark.parametrize('adam_eps', [1e-8, None])
 def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
-    leaf = fused.cut(shape, batch_axes, axes, band)
+    leaf = tiles.cut(shape, batch_axes, axes, band)
     pattern = {0: diagonal, 1: tridiagonal}.get(band, banded)
     given = arrays(rng, shape, axes, band)
     for nesterov in (False, True):
         how = dict(adam_eps=adam_eps, nesterov=nesterov)
-        got = fused.step(pattern, leaf, *given, SCALARS, **how, interpret=True)
-        assert_near(got, verbs(pattern, axes, batch_axes, *given, SCALARS, **how))
+        told = numbers(leaf.batch)
+        got = tiles.step(pattern, leaf, *given, told, **how, interpret=True)
+        s = scalars(shape, batch_axes)
+        assert_near(got, by_verbs(pattern, axes, batch_axes, *given, s, **how))
+
+
+@pytest.mark.parametrize(('shape', 'batch_axes', 'axes', 'band'), CASES)
+def test_largest_row_sums_are_those_of_the_whole(shape, batch_axes, axes, band, rng):
+    leaf = tiles.cut(shape, batch_axes, axes, band)
+    pattern = {0: diagonal, 1: tridiagonal}.get(band, banded)
+    grad, _, nu, edges = arrays(rng, shape, axes, band)
+    # The largest one is in a corner, of a tile too, so that what is beside it counts.
+    for place in (0, -1, leaf.tile - 1):
+        corner = (*[0] * batch_axes, place, *[-1] * (len(axes) - 1))
+        large = grad.at[corner].set(30.0)
+        got = tiles.largest_row_sums(
+            pattern, leaf, large, nu, edges, numbers(leaf.batch), interpret=True
+        )
+        diag, later = pattern.accumulate(large, nu, edges, b2=SCALARS.b2, axes=axes)
+        sums = np.abs(rows_of(diag, later, axes)).sum(-1).max(-1)
+        np.testing.assert_allclose(got, sums.ravel(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -86,32 +133,41 @@ def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
 )
 def test_in_a_tpu_s_memory(shape, batch_axes, axes, band, rng):
     """Tiles in any order, results where arguments are, copies that wait, memory full of NaN."""
-    leaf = fused.cut(shape, batch_axes, axes, band)
+    leaf = tiles.cut(shape, batch_axes, axes, band)
     pattern = {1: tridiagonal}.get(band, banded)
     given = arrays(rng, shape, axes, band)
     memory = pltpu.InterpretParams(uninitialized_memory='nan', random_seed=1)
-    got = fused.step(pattern, leaf, *given, SCALARS, adam_eps=1e-8, interpret=memory)
-    assert_near(got, verbs(pattern, axes, batch_axes, *given, SCALARS, 1e-8))
+    got = tiles.step(pattern, leaf, *given, numbers(leaf.batch), adam_eps=1e-8, interpret=memory)
+    s = scalars(shape, batch_axes)
+    assert_near(got, by_verbs(pattern, axes, batch_axes, *given, s, 1e-8))
+    grad, _, nu, edges = given
+    largest = tiles.largest_row_sums(
+        pattern, leaf, grad, nu, edges, numbers(leaf.batch), interpret=memory
+    )
+    diag, later = pattern.accumulate(grad, nu, edges, b2=SCALARS.b2, axes=axes)
+    np.testing.assert_allclose(
+        largest, jnp.max(diagonal.row_sums(diag, later, axes), axis=axes).ravel(), rtol=1e-5
+    )
 
 
 def test_the_cases_have_several_tiles():
-    tiles = {case[0]: case[0][case[1]] // fused.cut(case[0], *case[1:]).tile for case in CASES}
-    assert sum(count > 2 for count in tiles.values()) >= 5
-    assert min(tiles.values()) == 1
+    counts = [case[0][case[1]] // tiles.cut(case[0], *case[1:]).tile for case in CASES]
+    assert sum(count > 2 for count in counts) >= 5
+    assert min(counts) == 1
 
 
 @pytest.mark.parametrize('band', [1, 4])
 def test_a_tile_s_border_is_no_end_of_the_chain(band, rng):
     """A gradient in one row alone moves the rows beside it, in other tiles too."""
     shape, axes = (192, 128), (0, 1)
-    leaf = fused.cut(shape, 0, axes, band)
+    leaf = tiles.cut(shape, 0, axes, band)
     assert 2 * leaf.tile < shape[0]
     _, mu, nu, edges = arrays(rng, shape, axes, band)
     pattern = {1: tridiagonal}.get(band, banded)
     for row in (leaf.tile - 1, leaf.tile, 0, shape[0] - 1):
         one = jnp.zeros(shape).at[row].set(1e3)
-        direction = fused.step(
-            pattern, leaf, one, 0 * mu, nu, edges, SCALARS, adam_eps=None, interpret=True
+        direction = tiles.step(
+            pattern, leaf, one, 0 * mu, nu, edges, numbers(), adam_eps=None, interpret=True
         )[3]
         line = np.asarray(chain.to_line(direction, axes)).reshape(shape[1], shape[0])
         middle = line[64]
@@ -126,9 +182,9 @@ def test_a_tile_s_border_is_no_end_of_the_chain(band, rng):
 def test_columns_past_the_array_do_not_count(rng):
     """What a tile reads there is anything; its squares are no part of the norms."""
     shape, axes = (64, 129), (0, 1)
-    leaf = fused.cut(shape, 0, axes, 1)
+    leaf = tiles.cut(shape, 0, axes, 1)
     given = arrays(rng, shape, axes, 1, scale=1e3)
-    got = fused.step(tridiagonal, leaf, *given, SCALARS, adam_eps=1e-8, interpret=True)
+    got = tiles.step(tridiagonal, leaf, *given, numbers(), adam_eps=1e-8, interpret=True)
     np.testing.assert_allclose(got[4][0, 0], jnp.sum(got[3] ** 2), rtol=1e-5)
 
 
@@ -147,4 +203,4 @@ def test_columns_past_the_array_do_not_count(rng):
     ],
 )
 def test_what_is_not_taken(shape, batch_axes, axes, band):
-    assert fused.cut(shape, batch_axes, axes, band) is None
+    assert tiles.cut(shape, batch_axes, axes, band) is None
