@@ -23,7 +23,9 @@ FOUND = dict(
     shared_basis=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
     mbag=dict(damping=0.0001694, learning_rate=0.001419, momentum=0.9451),
     soaa=dict(b1=0.9289, b2=0.9478, eps=2.848e-08, gamma=0.2275, learning_rate=0.004169),
+    shampoo_512=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
     shampoo_1024=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
+    sketchy=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
 )
 
 
