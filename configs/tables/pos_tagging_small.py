@@ -26,6 +26,7 @@ FOUND = dict(
     shampoo_512=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
     shampoo_1024=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
     sketchy=dict(b1=0.8146, b2=0.9751, eps=7.302e-05, learning_rate=0.005686),
+    shared_basis_graft=dict(b1=0.9454, b2=0.9977, eps=5.602e-07, learning_rate=0.002198),
 )
 
 
