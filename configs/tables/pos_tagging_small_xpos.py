@@ -16,7 +16,14 @@ from configs.tasks import pos_tagging_small as small
 _MODEL = ('layers', 'width', 'heads', 'qkv', 'mlp', 'dropout', 'word_dropout')
 _FACTORS = (0.25, 0.5, 1, 2)
 # The best ones, of the rows that are searched.
-_RATES = dict(adam=0.004144, sonew_tridiagonal=0.03862, sonew_band_4=0.03862, shared_basis=0.01137)
+_RATES = dict(
+    adam=0.004144,
+    block_adam=0.01277,
+    sonew_tridiagonal=0.03862,
+    sonew_band_4=0.03862,
+    shared_basis=0.01137,
+    soaa=0.002084,
+)
 
 
 def get_config() -> config_dict.ConfigDict:
