@@ -332,10 +332,9 @@ def largest_eigenvalue(matrices: jax.Array, steps: int, squarings: int = 0) -> j
     """
     unit, size = _unit(matrices)
 
-    def squared(_: int, power: jax.Array) -> jax.Array:
-        return _unit(product('...ij,...jl->...il', power, power))[0]
-
-    power = lax.fori_loop(0, squarings, squared, unit)
+    power = unit
+    for _ in range(squarings):
+        power, _ = _unit(product('...ij,...jl->...il', power, power))
 
     def step(_: int, x: jax.Array) -> jax.Array:
         y = product('...ij,...j->...i', power, x)

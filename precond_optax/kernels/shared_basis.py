@@ -285,9 +285,8 @@ def _iterate(
     ndim, outputs = basis.ndim - 1, range(grad.ndim - basis.ndim + 1)
     behind = range(ndim, grad.ndim)  # the outputs' axes in the gradient
     weighted = share[..., None] * _matvec(coefficients, coordinates)
-    # Block by block, then summed: the TPU compiler takes half a minute for the sum as one product.
-    squared = matrix_root.product('...ij,...jk->...ik', coefficients, coefficients)
-    second = jnp.sum(share[..., None, None] * squared, axis=tuple(outputs))
+    over = (*outputs, len(outputs) + 1)
+    second = _dot(share[..., None, None] * coefficients, coefficients, (over, over))
 
     def apply(rows: jax.Array) -> jax.Array:
         inside = _over_block(rows, basis, ndim)  # (q, k)
