@@ -331,7 +331,6 @@ def largest_eigenvalue(matrices: jax.Array, steps: int, squarings: int = 0) -> j
       9.0
     """
     unit, size = _unit(matrices)
-
     power = unit
     for _ in range(squarings):
         power, _ = _unit(product('...ij,...jl->...il', power, power))
