@@ -3,13 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+GPU_VENV ?= .venv-gpu-compile
 DEMO := demo
 RUNS ?= tables
 TABLES ?= autoencoder autoencoder_bfloat16
 ROWS ?=
 SEEDS ?= 0
 
-.PHONY: demo test lint test-slow test-tpu-compile tpu-compile step-cost \
+.PHONY: demo test lint test-slow test-tpu-compile test-gpu-compile tpu-compile step-cost \
   table-autoencoder clean
 
 # On a CPU XLA takes a step's workspace anew in each step. glibc gives large ones back to the system,
@@ -29,7 +30,7 @@ demo: $(VENV)/experiments.stamp
 	@$(BIN)/python -m experiments.report $(DEMO) --output=$(DEMO)/report
 
 test: lint
-	$(BIN)/python -m pytest -n auto -m "not slow and not tpu_compile"
+	$(BIN)/python -m pytest -n auto -m "not slow and not tpu_compile and not gpu_compile"
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -41,7 +42,11 @@ test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto -m slow
 
 # What the TPU compiler makes of a step on 256 chips; needs no TPU.
-test-tpu-compile: $(VENV)/tpu-compile.stamp
+test-# What the GPU compiler makes of a step on one; needs no GPU.
+test-gpu-compile: $(GPU_VENV)/gpu-compile.stamp
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(GPU_VENV)/bin/python -m pytest -m gpu_compile -s
+
+tpu-compile: $(VENV)/tpu-compile.stamp
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m tpu_compile -s
 
 tpu-compile: $(VENV)/tpu-compile.stamp
@@ -61,7 +66,7 @@ table-autoencoder: $(VENV)/experiments.stamp
 	done
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(GPU_VENV) $(DEMO)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -77,4 +82,10 @@ $(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/tpu-compile.stamp: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[experiments,test,tpu-compile]'
+	touch $@
+
+# An environment of its own: with the plugin there, jax looks for a GPU whatever it is to do.
+$(GPU_VENV)/gpu-compile.stamp: pyproject.toml
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --editable '.[experiments,test,gpu-compile]'
 	touch $@

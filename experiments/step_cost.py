@@ -2,7 +2,7 @@
 
 python -m experiments.step_cost [--workdir=DIR] [--rounds=20] [--noin_turn] [--backend=gpu] \\
     [--optimizers='^(ada|muon|soaa|sonew)'] [--tree='leaf4096|autoencoder']
-JAX_PLATFORMS=cpu python -m experiments.step_cost --compile_for=v5e:2x2 [...]
+JAX_PLATFORMS=cpu python -m experiments.step_cost --compile_for=v5e:2x2|h200 [...]
 
 Whole steps are timed (update and apply_updates, parameters and state donated), one of each
 optimizer in turn, so that all see the same machine and none finds the caches as it left them;
@@ -16,9 +16,9 @@ A step at least reads parameters, gradients and state, and writes parameters and
 that this takes at the speed of a copy, measured in the same turns, is shown as a share of the
 step's: 1 would be a step as fast as memory allows. More than 1 is a tree that caches hold.
 
-With --compile_for nothing runs: the TPU compiler says what one chip's memory reads and writes in
-a step. That needs libtpu, but no TPU, and is the same on every machine. Rows of SONew's fused
-kernel are offered so, and on TPUs.
+With --compile_for nothing runs: the compiler says what a TPU's or a GPU's memory reads and writes
+in a step. That needs libtpu or jax's CUDA plugin, but no TPU and no GPU, and is the same on every
+machine. Rows of SONew's fused kernels are offered so, and on TPUs and GPUs.
 
 With --workdir, the numbers go to step_cost.json there, and the tables to step_cost.md.
 
@@ -58,8 +58,8 @@ from flax import nnx
 
 import precond_optax
 from configs.tasks import autoencoder as autoencoder_config
+from experiments import gpu_compile, optimizers, report, tpu_compile, workdir
 from experiments import main as main_lib
-from experiments import optimizers, report, tpu_compile, workdir
 from experiments.tasks import pos_tagging
 from experiments.tasks.pos_tagging import model as tagger
 
@@ -71,7 +71,9 @@ _OPTIMIZERS = flags.DEFINE_string(
 _TREES = flags.DEFINE_string('tree', 'leaf4096|autoencoder', 'Which of TREES.')
 _BACKEND = flags.DEFINE_string('backend', None, 'The platform, such as gpu; None: the default.')
 _TOPOLOGY = flags.DEFINE_string(
-    'compile_for', None, 'A TPU topology, such as v5e:2x2, for one chip of which all is compiled.'
+    'compile_for',
+    None,
+    'A TPU topology, such as v5e:2x2, for one chip of which all is compiled; or a GPU: h200.',
 )
 
 # Rows of the embedding and outputs, of the data that the configs name.
@@ -134,8 +136,8 @@ OPTIMIZERS: dict[str, Callable[[Layout], optax.GradientTransformation]] = {
     'shared, rank 32, Frobenius': _shared(rank=32, residual_norm='frobenius'),
     'shared, rank 64': _shared(rank=64),
 }
-# Of the fused kernel, which other machines than TPUs interpret.
-ON_TPUS: dict[str, Callable[[Layout], optax.GradientTransformation]] = {
+# Of the fused kernels, which other machines than TPUs and GPUs interpret.
+IN_ONE_PASS: dict[str, Callable[[Layout], optax.GradientTransformation]] = {
     'sonew, diagonal, one pass': _sonew(band=0, impl='pallas'),
     'sonew, tridiagonal, one pass': _sonew(impl='pallas'),
     'sonew, tridiagonal, no graft, one pass': _sonew(graft=None, impl='pallas'),
@@ -238,7 +240,7 @@ def measure(
       seconds, those to compile it, and bytes per parameter: of state, of temporary memory, by the
       compiler's word, and of what a step at least reads and writes.
     """
-    factories = OPTIMIZERS | ON_TPUS
+    factories = OPTIMIZERS | IN_ONE_PASS
 
     @jax.jit
     def draw(turn: int) -> dict[str, jax.Array]:
@@ -348,7 +350,7 @@ def compiled_for(
     topology: str, tree: Tree, methods: Iterable[str]
 ) -> dict[str, tpu_compile.Facts | str]:
     """What a compiler makes of steps on one chip, or the first line of its refusal."""
-    factories = OPTIMIZERS | ON_TPUS
+    factories = OPTIMIZERS | IN_ONE_PASS
     chip = tpu_compile.one_leaf((), topology).sharding
     params = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=chip)
@@ -358,7 +360,8 @@ def compiled_for(
     for name in dict.fromkeys(('adam', *methods)):
         try:
             found[name] = tpu_compile.measure(factories[name](tree.layout), params)
-        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # no memory, say
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+            # No memory, say, or a loop.
             found[name] = str(error).partition('\n')[0][:200]
     return found
 
@@ -404,7 +407,7 @@ def main(argv: list[str]) -> None:
         if _BACKEND.value:
             jax.config.update('jax_platforms', _BACKEND.value)
         try:
-            on_tpu = topology is not None or jax.default_backend() == 'tpu'
+            compiled = topology is not None or jax.default_backend() in ('gpu', 'tpu')
         except RuntimeError as error:
             raise ValueError(f'--backend={_BACKEND.value}: {error}') from error
         if topology is not None:
@@ -412,8 +415,10 @@ def main(argv: list[str]) -> None:
                 tpu_compile.one_leaf((), topology)
             except (IndexError, RuntimeError, ValueError) as error:
                 why = str(error).partition('\n')[0]
-                raise ValueError(f'--compile_for={topology}: {why}; v5e:2x2 is one.') from error
-        offered = OPTIMIZERS | (ON_TPUS if on_tpu else {})
+                raise ValueError(
+                    f'--compile_for={topology}: {why}; v5e:2x2 is one, or h200.'
+                ) from error
+        offered = OPTIMIZERS | (IN_ONE_PASS if compiled else {})
         methods = chosen('optimizers', _OPTIMIZERS.value, offered)
         trees = [TREES[name] for name in chosen('tree', _TREES.value, TREES)]
     content: dict[str, Any]
@@ -427,8 +432,9 @@ def main(argv: list[str]) -> None:
     else:
         found = {tree.title: compiled_for(topology, tree, methods) for tree in trees}
         text = f'one chip of {topology}\n\n' + render_compiled(found)
+        compiler = 'jax-cuda12-plugin' if topology in gpu_compile.TARGETS else 'libtpu'
         content = {
-            'libtpu': importlib.metadata.version('libtpu'),
+            compiler: importlib.metadata.version(compiler),
             'topology': topology,
             'results': {
                 title: {

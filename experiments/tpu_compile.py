@@ -28,8 +28,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import precond_optax
+from experiments import gpu_compile, report, workdir
 from experiments import main as main_lib
-from experiments import report, workdir
 from tests import compiled as reader
 
 BANDS = (0, 1, 4)
@@ -77,7 +77,9 @@ COUNT = sum(math.prod(shape) for shape, _ in LANGUAGE_MODEL.values())
 
 
 def pod_devices(topology: str) -> np.ndarray:
-    """All chips of a TPU topology, which need not be there, in its shape."""
+    """All chips of a TPU topology, which need not be there, in its shape; or a GPU by its name."""
+    if topology in gpu_compile.TARGETS:
+        return np.array(gpu_compile.devices(topology))
     # Else libtpu asks a server that TPU machines have, and complains at length.
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
     os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-256')
@@ -134,7 +136,8 @@ class Facts:
       arguments: parameters, state and gradients.
       temporary: what the step needs beside them.
       donated: arguments whose memory the results take: parameters and state.
-      traffic: read from and written to the chip's memory, as the compiler counts.
+      traffic: read from and written to the chip's memory, as the compiler counts; on GPUs each
+        operand and result of each kernel.
       collectives: kinds and bytes of what goes between chips.
       padded: the bytes of the collectives as laid out, in tiles.
       seconds: to trace and compile.
@@ -171,11 +174,18 @@ def measure(tx: optax.GradientTransformation, params: Any) -> Facts:
         arguments=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         donated=memory.alias_size_in_bytes,
-        traffic=cost['bytes accessed'] + reader.kernel_traffic(text),
+        traffic=_traffic(cost, text),
         collectives=reader.collectives(text),
         padded=sum(size for _, size in reader.collectives(text, padded=True)),
         seconds=seconds,
     )
+
+
+def _traffic(cost: Any, text: str) -> float:
+    """By the TPU compiler's count, beside which kernels are; the GPU's has none."""
+    if cost is None:
+        return reader.gpu_traffic(text)
+    return cost['bytes accessed'] + reader.kernel_traffic(text)
 
 
 def one_pass(band: int, params: Any, layout: Any = None) -> optax.GradientTransformation:

@@ -13,7 +13,7 @@ import optax
 from precond_optax import checks, grafting, leafwise, placement
 from precond_optax import layout as layout_lib
 from precond_optax.checks import Scalar
-from precond_optax.kernels import banded, diagonal, fused, rounding, tiles, tridiagonal, verbs
+from precond_optax.kernels import banded, diagonal, fused, rounding, tridiagonal, verbs
 from precond_optax.layout import LeafLayout
 
 # Special forms by the number of off-diagonals; all others are banded.
@@ -168,7 +168,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         if diagnostics or not plain or not facts.precondition or not fused.is_wanted(impl):
             return False
         axes = facts.chain_axes(facts.order or order)
-        return tiles.cut(facts.shape, facts.batch_axes, axes, band_of(facts)) is not None
+        return fused.is_taken(facts.shape, facts.batch_axes, axes, band_of(facts))
 
     def in_one_pass(
         grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout

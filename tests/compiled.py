@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program, of a CPU's or a TPU's: what moves between devices."""
+"""Reads the text of a compiled program: what moves between devices, and to and from memory."""
 
 import math
 import re
@@ -24,6 +24,9 @@ _RESULT = re.compile(r'(%[\w.-]+) = (\(.*?\)|\S+) [\w-]+\(')
 _KERNEL = re.compile(
     r'(%[\w.-]+) = [^\n]*? custom-call\(([^)]*)\), custom_call_target="tpu_custom_call"'
 )
+_INSTRUCTION = re.compile(r'\s+(?:ROOT )?(%[\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(([^)]*)\)(.*)')
+_FREE = ('bitcast', 'constant', 'get-tuple-element', 'parameter', 'tuple')
+_PARTS = ('dynamic-slice', 'gather', 'slice')  # of their first operand
 _ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?)?')
 
 
@@ -87,6 +90,70 @@ def kernel_traffic(text: str) -> int:
         sizes[name] + sum(sizes[operand] for operand in re.findall(r'%[\w.-]+', operands))
         for name, operands in _KERNEL.findall(text)
     )
+
+
+def gpu_traffic(text: str) -> int:
+    """Bytes that a GPU program's kernels read and write, each operand once: it has large caches.
+
+    Of an operand that a fusion only cuts parts out of, these. The compiler itself does not count.
+
+    Raises:
+      ValueError: if there is a loop or a branch, whose kernels run who knows how often.
+
+    Example:
+      >>> lines = [
+      ...   '%fused (p: f32[8,128]) -> f32[2,128] {',
+      ...   '  %p = f32[8,128]{1,0} parameter(0)',
+      ...   '  ROOT %s = f32[2,128]{1,0} slice(%p), slice={[0:2], [0:128]}',
+      ...   'ENTRY %main (x: f32[8,128]) -> f32[8,128] {',
+      ...   '  %x = f32[8,128]{1,0} parameter(0)',
+      ...   '  %y = f32[2,128]{1,0} fusion(%x), kind=kLoop, calls=%fused',
+      ...   '  ROOT %z = f32[8,128]{1,0} custom-call(%x, %y), custom_call_target="any"',
+      ... ]
+      >>> gpu_traffic('\\n'.join(lines)) // (128 * 4)
+      22
+    """
+    programs: dict[str, list[tuple[str, str, list[str], str]]] = {}
+    sizes, entry, own = {}, '', ''
+    for line in text.splitlines():
+        if computation := _COMPUTATION.match(line):
+            own = computation[1]
+            programs[own] = []
+            entry = own if line.startswith('ENTRY') else entry
+        elif own and (found := _INSTRUCTION.match(line)):
+            name, result, kind, given, more = found.groups()
+            sizes[own, name] = sum(_bytes(False, *array) for array in _ARRAY.findall(result))
+            number = [given] if kind == 'parameter' else []
+            programs[own].append((name, kind, number or re.findall(r'%[\w.-]+', given), more))
+
+    def parts(program: str, name: str) -> int:
+        """What a fusion reads of an array: all, or what it cuts out of it."""
+        total = 0
+        for result, kind, operands, _ in programs[program]:
+            if name in operands:
+                if kind == 'bitcast':
+                    total += parts(program, result)
+                elif kind in _PARTS and name not in operands[1:]:
+                    total += sizes[program, result]
+                else:
+                    return sizes[program, name]
+        return min(total, sizes[program, name])
+
+    total = 0
+    for name, kind, operands, more in programs[entry]:
+        if kind in ('call', 'conditional', 'while'):
+            raise ValueError(f'{name} is a {kind}: how often its kernels run is not known.')
+        if kind in _FREE:
+            continue
+        total += sizes[entry, name]
+        if kind == 'fusion' and (called := re.search(r'calls=(%[\w.-]+)', more)):
+            inner = called[1]
+            numbered = {o[0]: n for n, k, o, _ in programs[inner] if k == 'parameter'}
+            given = {operand: numbered[str(i)] for i, operand in enumerate(operands)}
+            total += sum(parts(inner, parameter) for parameter in given.values())
+        else:
+            total += sum(sizes[entry, operand] for operand in set(operands))
+    return total
 
 
 def border(leaf: Any) -> int:

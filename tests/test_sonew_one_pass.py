@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import precond_optax
-from precond_optax import LeafRule
+from precond_optax import LeafRule, placement
 from precond_optax.kernels import fused, tiles
 from tests import oracles
 from tests.compiled import border, collectives
@@ -133,6 +133,44 @@ def test_bfloat16_in_one_pass_is_xlas_bit_by_bit(keywords, dtype, rng):
     grads = gradients(rng, params)
     got, expected = (jax.jit(tx.update)(grads, state) for tx in (ours, theirs))
     assert_bits(got, expected)
+
+
+@pytest.fixture
+def for_gpus(monkeypatch):
+    """Traces are for GPUs, whose kernel this machine interprets."""
+    monkeypatch.setattr(placement, 'platform', lambda: 'gpu')
+    fused.one_pass.clear_cache()
+    yield
+    fused.one_pass.clear_cache()
+
+
+@pytest.mark.parametrize(
+    'keywords',
+    [
+        {'nesterov': True, 'graft': 'momentum'},
+        {'band': 3, 'graft': None},
+        {'relative_eps': 1e-1, 'band': 0},
+        {'relative_eps': 1e-1, 'eps': 0.0},
+    ],
+)
+def test_on_gpus_one_pass_is_xlas(keywords, rng, for_gpus):
+    test_one_pass_is_xlas(keywords, rng)
+
+
+@pytest.mark.parametrize(('keywords', 'dtype'), [LOW[1], LOW[2], LOW[5]])
+def test_on_gpus_bfloat16_in_one_pass_is_xlas(keywords, dtype, rng, for_gpus):
+    test_bfloat16_in_one_pass_is_xlas_bit_by_bit(keywords, dtype, rng)
+
+
+def test_gpus_take_any_matrix(rng, for_gpus):
+    """One row, one column, no multiple of anything; and so do their meshes."""
+    tx = sonew('pallas')
+    params = {'row': jnp.zeros((1, 5)), 'column': jnp.zeros((5, 1)), 'odd': jnp.zeros((3, 5, 7))}
+    assert taken(tx, params) == set(params)
+    whole = sonew('xla')
+    states = [tx.init(params), whole.init(params)]
+    grads = gradients(rng, params)
+    assert_same(tx.update(grads, states[0]), whole.update(grads, states[1]))
 
 
 def test_auto_is_xla_here():
@@ -270,6 +308,26 @@ def test_a_part_s_noise_is_the_leaf_s(shape, batch_axes, spec, band, fills, rng)
     expected = theirs.update(grads[0], theirs.init(grads[0]))
     updates, held, _, _ = in_a_mesh(AxisType.Explicit, spec, ours, grads)
     assert_bits(jax.device_get((updates, held)), expected)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'spec', 'band', 'fills'), [PARTS[i] for i in (0, 1, 4, 6, 8, 9)]
+)
+def test_on_gpus_each_steps_its_part(shape, batch_axes, spec, band, fills, rng, for_gpus):
+    """Whatever the part: there are no tiles to fill."""
+    del fills
+    test_each_device_steps_its_part(AxisType.Explicit, shape, batch_axes, spec, band, True, rng)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'spec', 'band', 'fills'), [PARTS[4], PARTS[6], PARTS[8]]
+)
+def test_on_gpus_a_part_s_noise_is_the_leaf_s(shape, batch_axes, spec, band, fills, rng, for_gpus):
+    test_a_part_s_noise_is_the_leaf_s(shape, batch_axes, spec, band, fills, rng)
+
+
+def test_on_gpus_relative_damping_is_the_leaf_s(rng, for_gpus):
+    test_relative_damping_is_the_leaf_s(*PARTS[6], rng)
 
 
 @pytest.mark.parametrize('kind', [AxisType.Explicit, AxisType.Auto])

@@ -15,14 +15,19 @@ from configs.tasks import pos_tagging_small as small
 
 _MODEL = ('layers', 'width', 'heads', 'qkv', 'mlp', 'dropout', 'word_dropout')
 _FACTORS = (0.25, 0.5, 1, 2)
-# The best ones, of the rows that are searched.
+# The best ones.
 _RATES = dict(
     adam=0.004144,
     block_adam=0.01277,
     sonew_tridiagonal=0.03862,
     sonew_band_4=0.03862,
     shared_basis=0.01137,
+    shared_basis_graft=0.002198,
     soaa=0.002084,
+    mbag=0.002838,
+    shampoo_512=0.005686,
+    shampoo_1024=0.005686,
+    sketchy=0.01137,
 )
 
 

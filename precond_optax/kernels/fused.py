@@ -1,4 +1,6 @@
-"""SONew's step of one leaf through the kernel of `kernels/tiles.py`, on one device or on many.
+"""SONew's step of one leaf through a kernel, on one device or on many.
+
+That of `kernels/tiles.py` on TPUs, that of `kernels/strips.py` on GPUs.
 
 XLA cannot share out a kernel. Where the mesh tells which part of a leaf each device has,
 `one_pass` runs it on that part, with the rows beyond from the devices that have them.
@@ -6,7 +8,7 @@ XLA cannot share out a kernel. Where the mesh tells which part of a leaf each de
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,12 +17,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from precond_optax import placement
-from precond_optax.kernels import chain, diagonal, rounding, tiles, verbs
+from precond_optax.kernels import chain, diagonal, rounding, strips, tiles, verbs
 
 
 def is_wanted(impl: str) -> bool:
     """Whether leaves that can are to go through the kernel, by what a trace is for."""
     return impl == 'pallas' or (impl == 'auto' and placement.platform() == 'tpu')
+
+
+def _kernel() -> ModuleType:
+    """What a leaf goes through, by what a trace is for; interpreted elsewhere, the TPU's."""
+    return strips if placement.platform() in ('cuda', 'gpu') else tiles
+
+
+def is_taken(shape: Sequence[int], batch_axes: int, axes: Sequence[int], band: int) -> bool:
+    """Whether a kernel takes such a leaf; the arguments are those of `tiles.cut`."""
+    return _kernel().cut(shape, batch_axes, axes, band) is not None
 
 
 class Static(NamedTuple):
@@ -33,7 +45,7 @@ class Static(NamedTuple):
       adam_eps: as in `tiles.step`.
       nesterov: likewise.
       relative: whether some damping is relative to the second moment, which is a pass of its own.
-      interpreted: whether other backends than TPUs interpret the kernel; else they have the verbs.
+      interpreted: whether other backends than those interpret a kernel; else they have the verbs.
     """
 
     pattern: ModuleType
@@ -78,7 +90,6 @@ def _on_a_device(
     grad, batch = arrays[0], arrays[0].shape[: leaf.batch_axes]
     s = verbs.Scalars(*(scalars[i] for i in range(len(verbs.Scalars._fields))))
     shards = chain.Shards(leaf.axes, tuple(names))
-    part = tiles.cut(grad.shape, leaf.batch_axes, leaf.axes, len(arrays) - 3)
     noise = _noise(leaf, whole, shards.names, grad.shape, seeds) if len(seeds) else None
 
     def damping(largest: jax.Array) -> jax.Array:
@@ -87,16 +98,18 @@ def _on_a_device(
             largest = lax.pmax(largest, shards.cuts)
         return s.eps + s.relative_eps * s.nu_correction * largest
 
-    def by_kernel(part: tiles.Cut, interpret: bool, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    def by_kernel(
+        kernel: ModuleType, part: Any, interpret: bool, *arrays: jax.Array
+    ) -> tuple[jax.Array, ...]:
         grad, mu, nu, *offdiag = arrays
         numbers = tiles.Numbers(s, jnp.full(part.batch, s.eps), noise)
         edges, inside = tuple(offdiag), shards.names[leaf.batch_axes :]
         if leaf.relative:
-            largest = tiles.largest_row_sums(
+            largest = kernel.largest_row_sums(
                 leaf.pattern, part, grad, nu, edges, numbers, names=inside, interpret=interpret
             )
             numbers = numbers._replace(eps=damping(largest))
-        mu, nu, edges, *rest = tiles.step(
+        mu, nu, edges, *rest = kernel.step(
             leaf.pattern,
             part,
             *(grad, mu, nu, edges, numbers),
@@ -123,12 +136,14 @@ def _on_a_device(
         kept = _kept((new.nu, *new.offdiag), arrays[2].dtype, batch, noise)
         return new.mu.astype(arrays[1].dtype), *kept, new.direction, squares.reshape(-1, 2)
 
-    if part is None:
-        results = by_verbs(*arrays)
-    else:
-        compiled, interpreted = (functools.partial(by_kernel, part, how) for how in (False, True))
-        elsewhere = interpreted if leaf.interpreted else by_verbs
-        results = lax.platform_dependent(*arrays, tpu=compiled, default=elsewhere)
+    def by(kernel: ModuleType, *, interpret: bool) -> Callable[..., tuple[jax.Array, ...]]:
+        part = kernel.cut(grad.shape, leaf.batch_axes, leaf.axes, len(arrays) - 3)
+        return by_verbs if part is None else functools.partial(by_kernel, kernel, part, interpret)
+
+    kernel = _kernel()
+    compiled = {'cuda' if kernel is strips else 'tpu': by(kernel, interpret=False)}
+    elsewhere = by(kernel, interpret=True) if leaf.interpreted else by_verbs
+    results = lax.platform_dependent(*arrays, **compiled, default=elsewhere)
     *held, squares = results
     squares = squares.reshape(*batch, 2)
     if shards.cuts:
@@ -165,7 +180,7 @@ def one_pass(
 
     Args:
       leaf: its static facts.
-      grad: g, of a shape that `tiles.cut` takes, float32 or bfloat16, as each array may be.
+      grad: g, of a shape `is_taken`, float32 or bfloat16, as each array may be.
       mu: m, likewise.
       nu: d.
       offdiag: e, one array for each off-diagonal.

@@ -300,6 +300,34 @@ def _in_tiles(
     )(*given, *arrays, *borders)
 
 
+def beyond(
+    arrays: Sequence[jax.Array],
+    band: int,
+    slower: Sequence[int],
+    names: Sequence[tuple[str, ...]],
+) -> tuple[jax.Array, jax.Array]:
+    """The rows before the first one of each column, and after the last one.
+
+    They are the last rows of the column before, and the first of the one after. Other devices may
+    have these: as many as the band is wide are sent, of all arrays at once.
+
+    Args:
+      arrays: of shape (batch, rows, rest...), all of one.
+      band: how many rows.
+      slower: the order of the axes behind the rows, see `Cut`.
+      names: as in `step`.
+
+    Returns:
+      Two arrays (arrays, batch, band, rest...), float32; zero past the chains' ends.
+    """
+    axes = (2, *(axis + 3 for axis in slower))
+    rows, rest = arrays[0].shape[1], arrays[0].ndim - 2
+    shards = chain.Shards(axes, ((), (), *(names or [()] * (1 + rest))))
+    last = jnp.stack([x[:, rows - band :].astype(jnp.float32) for x in arrays])
+    first = jnp.stack([x[:, :band].astype(jnp.float32) for x in arrays])
+    return chain.beyond(last, shards, -1), chain.beyond(first, shards, 1)
+
+
 def _borders(
     arrays: Sequence[jax.Array], leaf: Cut, names: Sequence[tuple[str, ...]]
 ) -> list[jax.Array]:
@@ -307,20 +335,10 @@ def _borders(
 
     That is each tile's last and first rows, (batch, tiles, halo, rest...), twice; and what stands
     before the first tile, the last one's last rows in the column before, and so after the last
-    tile: (batch, halo, rest...), twice. Other devices may have these: as many as the band is wide
-    are sent, of all arrays at once, in float32.
+    tile: (batch, halo, rest...), twice.
     """
-    band, spare = leaf.band, leaf.halo - leaf.band
-    axes = (2, *(axis + 3 for axis in leaf.slower))
-    shards = chain.Shards(axes, ((), (), *(names or [()] * (1 + len(leaf.rest)))))
-
-    def rows(x: jax.Array, *index: Any) -> jax.Array:
-        return x[index].astype(jnp.float32)
-
-    every = slice(None)
-    last = jnp.stack([rows(x, every, slice(leaf.rows - band, None)) for x in arrays])
-    first = jnp.stack([rows(x, every, slice(band)) for x in arrays])
-    before, after = chain.beyond(last, shards, -1), chain.beyond(first, shards, 1)
+    spare = leaf.halo - leaf.band
+    before, after = beyond(arrays, leaf.band, leaf.slower, names)
 
     def whole(x: jax.Array, ahead: int) -> jax.Array:
         """With rows that no one looks at, for whole tiles of a TPU."""
@@ -333,8 +351,8 @@ def _borders(
             inner = (ends[0][:, None], ends[1][:, None])
         else:
             tiles = x.reshape(leaf.batch, -1, leaf.tile, *leaf.rest)
-            last_rows = rows(tiles, every, every, slice(leaf.tile - leaf.halo, None))
-            inner = (last_rows, rows(tiles, every, every, slice(leaf.halo)))
+            last, first = slice(leaf.tile - leaf.halo, None), slice(leaf.halo)
+            inner = tiles[:, :, last].astype(jnp.float32), tiles[:, :, first].astype(jnp.float32)
         borders += [*inner, *ends]
     return borders
 
