@@ -42,12 +42,12 @@ test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto -m slow
 
 # What the TPU compiler makes of a step on 256 chips; needs no TPU.
-test-# What the GPU compiler makes of a step on one; needs no GPU.
+test-tpu-compile: $(VENV)/tpu-compile.stamp
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m tpu_compile -s
+
+# What the GPU compiler makes of a step on one; needs no GPU.
 test-gpu-compile: $(GPU_VENV)/gpu-compile.stamp
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(GPU_VENV)/bin/python -m pytest -m gpu_compile -s
-
-tpu-compile: $(VENV)/tpu-compile.stamp
-	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m tpu_compile -s
 
 tpu-compile: $(VENV)/tpu-compile.stamp
 	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.tpu_compile
