@@ -43,7 +43,5 @@ def get_config() -> config_dict.ConfigDict:
         row = config.rows[name]
         with row.settings.unlocked():
             row.settings.search_space = dict(learning_rate=dict(grid=grid))
-            row.settings.learning_rate = _RATES.get(name, rate)
-        if name not in _RATES:
-            row.note = 'not searched here, all settings are those found on PTNK'
+            row.settings.learning_rate = _RATES[name]
     return config

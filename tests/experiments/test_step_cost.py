@@ -91,7 +91,7 @@ def test_blocks_large_trees_and_kernels_are_left_out_unless_asked_for():
     methods = step_cost.chosen('optimizers', defaults['optimizers'], step_cost.OPTIMIZERS)
     blocks = ('shared', 'mbag', 'block', 'shampoo', 'sketchy')
     assert methods == [n for n in step_cost.OPTIMIZERS if not n.startswith(blocks)]
-    assert not set(step_cost.OPTIMIZERS) & set(step_cost.ON_TPUS)
+    assert not set(step_cost.OPTIMIZERS) & set(step_cost.IN_ONE_PASS)
     trees = step_cost.chosen('tree', defaults['tree'], step_cost.TREES)
     assert trees == ['leaf4096', 'autoencoder']
 
