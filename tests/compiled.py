@@ -23,6 +23,7 @@ _COMPUTATION = re.compile(r'(?:ENTRY )?(%[\w.-]+) \(')
 _RESULT = re.compile(r'(%[\w.-]+) = (\(.*?\)|\S+) [\w-]+\(')
 _KERNEL = re.compile(
     r'(%[\w.-]+) = [^\n]*? custom-call\(([^)]*)\), custom_call_target="tpu_custom_call"'
+    r'(?![^\n]*"cost_estimate")'
 )
 _INSTRUCTION = re.compile(r'\s+(?:ROOT )?(%[\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(([^)]*)\)(.*)')
 _FREE = ('bitcast', 'constant', 'get-tuple-element', 'parameter', 'tuple')
@@ -72,7 +73,8 @@ def collectives(text: str, *, padded: bool = False) -> list[tuple[str, int]]:
 def kernel_traffic(text: str) -> int:
     """Bytes that a TPU program's Pallas kernels read and write: their operands and results.
 
-    The compiler's own count leaves them out.
+    The compiler's own count leaves them out, but for those that say themselves what they move:
+    such as read a part of their operands only.
 
     Example:
       >>> lines = [

@@ -15,11 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 import precond_optax
 from precond_optax import LeafRule, placement
-from precond_optax.kernels import fused, tiles
+from precond_optax.kernels import cuts, fused, tiles
 from tests import oracles
 from tests.compiled import border, collectives
 
-SHAPES = {'kernel': (64, 130), 'layers': (2, 40, 128), 'heads': (24, 8, 128), 'bias': (7,)}
+SHAPES = {'kernel': (64, 256), 'layers': (2, 40, 128), 'heads': (24, 8, 128), 'bias': (7,)}
 LAYOUT = {'layers': LeafRule(batch_axes=1)}
 PARAMS = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
 
@@ -60,6 +60,9 @@ def assert_same(got, expected):
         {'relative_eps': 1e-1},
         {'relative_eps': 1e-1, 'band': 3, 'eps': 0.0},
         {'relative_eps': 1e-1, 'band': 0},
+        {'order': 'C', 'nesterov': True},
+        {'order': 'C', 'band': 3, 'relative_eps': 1e-1},
+        {'order': 'C', 'band': 0},
     ],
 )
 def test_one_pass_is_xlas(keywords, rng):
@@ -80,8 +83,7 @@ def test_one_pass_is_xlas(keywords, rng):
 @pytest.mark.parametrize(
     'keywords',
     [
-        {'order': 'C'},
-        {'band': tiles.MAX_BAND + 1},
+        {'band': cuts.MAX_BAND + 1},
         {'diagnostics': True},
         {'mu_dtype': 'float16'},
         {'stats_dtype': 'float16'},
@@ -107,6 +109,7 @@ LOW = [
     ({'stats_dtype': 'bfloat16', 'mu_dtype': 'bfloat16', 'band': 4}, 'float32'),
     ({}, 'bfloat16'),
     ({'stats_dtype': 'bfloat16', 'mu_dtype': 'float32', 'band': 0}, 'bfloat16'),
+    ({'stats_dtype': 'bfloat16', 'order': 'C', 'band': 2}, 'bfloat16'),
 ]
 
 
@@ -218,6 +221,22 @@ PARTS = [
 ]
 
 
+# The same of chains that go across the columns of tiles: along the last axis first, or along the
+# first one of a leaf that a TPU holds by columns.
+ACROSS = [
+    ((64, 1024), 0, P('x', 'y'), 1, 'C'),
+    ((64, 1024), 0, P('y', 'x'), 4, 'C'),
+    ((64, 512), 0, P(('x', 'y')), 2, 'C'),
+    ((16, 1024), 0, P(None, ('y', 'x')), 1, 'C'),
+    ((4, 64, 256), 1, P('y', 'x'), 1, 'C'),
+    ((8, 16, 256), 0, P('x', None, 'y'), 2, 'C'),
+    ((64, 8, 128), 0, P('y', 'x'), 1, 'C'),
+    ((64, 512), 0, P(), 1, 'C'),
+    ((1024, 90), 0, P('x', 'y'), 1, 'F'),
+    ((512, 8, 64), 0, P('x', 'y'), 1, 'F'),
+]
+
+
 def in_a_mesh(kind, spec, tx, grads):
     """Some steps of a leaf, and what the compiled one moves between devices."""
     mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(kind,) * 2)
@@ -231,12 +250,19 @@ def in_a_mesh(kind, spec, tx, grads):
     return updates, state, collectives(step.as_text()), border(grads[0])
 
 
-@pytest.mark.parametrize('kind', [AxisType.Explicit, AxisType.Auto])
-@pytest.mark.parametrize(('shape', 'batch_axes', 'spec', 'band', 'fills'), PARTS)
-def test_each_device_steps_its_part(kind, shape, batch_axes, spec, band, fills, rng):
+@pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'spec', 'band', 'fills', 'order', 'kind'),
+    [
+        *[(*case, 'F', kind) for case in PARTS for kind in (AxisType.Explicit, AxisType.Auto)],
+        *[(*case[:-1], True, case[-1], AxisType.Explicit) for case in ACROSS],
+        *[(*case[:-1], True, case[-1], AxisType.Auto) for case in ACROSS[::4]],
+    ],
+)
+def test_each_device_steps_its_part(kind, shape, batch_axes, spec, band, fills, order, rng):
     """In explicit axes by themselves, in others by `explicit_sharding`."""
     layout = {'': LeafRule(batch_axes=batch_axes)}
-    ours, theirs = (sonew(impl, band=band, layout=layout, eps=0.1) for impl in ('pallas', 'xla'))
+    keywords = dict(band=band, layout=layout, eps=0.1, order=order)
+    ours, theirs = (sonew(impl, **keywords) for impl in ('pallas', 'xla'))
     grads = [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2)]
     state = theirs.init(grads[0])
     for grad in grads:
@@ -249,23 +275,32 @@ def test_each_device_steps_its_part(kind, shape, batch_axes, spec, band, fills, 
     if fills:
         # Of all arrays at once, each way along each axis that is cut: as many rows along the
         # fastest axis as the band is wide, and of the faster axes but the ends.
-        sizes = part(shape, spec)
-        cut = [i for i in range(batch_axes, len(shape)) if sizes[i] < shape[i]]
-        rows = sum(math.prod(sizes[i + 1 :]) for i in cut) * math.prod(sizes[:batch_axes])
+        axes, sizes = chain_axes(shape, batch_axes, order), part(shape, spec)
+        cut = [k for k, axis in enumerate(axes) if sizes[axis] < shape[axis]]
+        rows = sum(math.prod(sizes[axis] for axis in axes[k + 1 :]) for k in cut)
+        rows *= math.prod(sizes[:batch_axes])
         assert len(permutes) == 2 * len(cut) * bool(band)
         assert sum(permutes) == 2 * 4 * (3 + band) * band * rows
     else:
         assert sum(permutes) <= (2 + band) * band * edge
 
 
+def chain_axes(shape, batch_axes, order):
+    """Fastest first."""
+    return tuple(range(batch_axes, len(shape)))[:: 1 if order == 'F' else -1]
+
+
 @pytest.mark.parametrize(
-    ('shape', 'batch_axes', 'spec', 'band', 'fills'),
-    [PARTS[i] for i in (0, 2, 6, 8, 9, 10, 11)],
+    ('shape', 'batch_axes', 'spec', 'band', 'fills', 'order'),
+    [
+        *[(*PARTS[i], 'F') for i in (0, 2, 6, 8, 9, 10, 11)],
+        *[(*case[:-1], True, case[-1]) for case in (ACROSS[0], ACROSS[4], ACROSS[8])],
+    ],
 )
-def test_relative_damping_is_the_leaf_s(shape, batch_axes, spec, band, fills, rng):
+def test_relative_damping_is_the_leaf_s(shape, batch_axes, spec, band, fills, order, rng):
     """By the largest row of all devices' parts; beside what is moved anyway one number a chain."""
     layout = {'': LeafRule(batch_axes=batch_axes)}
-    keywords = dict(band=band, layout=layout, eps=0.0, relative_eps=0.1)
+    keywords = dict(band=band, layout=layout, eps=0.0, relative_eps=0.1, order=order)
     ours, theirs = (sonew(impl, **keywords) for impl in ('pallas', 'xla'))
     grads = [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2)]
     grads = [grad.at[..., 3, 5].set(20.0) for grad in grads]  # on one device alone
@@ -291,17 +326,24 @@ def part(shape, spec):
 def test_the_parts_are_as_said():
     """Of those that fill a tile and those that do not."""
     for shape, batch_axes, spec, band, fills in PARTS:
-        axes = tuple(range(batch_axes, len(shape)))
-        assert (tiles.cut(part(shape, spec), batch_axes, axes, band) is not None) == fills
+        axes = chain_axes(shape, batch_axes, 'F')
+        leaf = tiles.cut(part(shape, spec), batch_axes, axes, band)
+        assert isinstance(leaf, cuts.Down) if fills else leaf is None
+    for shape, batch_axes, spec, band, order in ACROSS:
+        axes = chain_axes(shape, batch_axes, order)
+        assert isinstance(tiles.cut(part(shape, spec), batch_axes, axes, band), cuts.Across)
 
 
 @pytest.mark.parametrize(
-    ('shape', 'batch_axes', 'spec', 'band', 'fills'),
-    [PARTS[0], PARTS[4], PARTS[6], PARTS[8], PARTS[9]],
+    ('shape', 'batch_axes', 'spec', 'band', 'fills', 'order'),
+    [
+        *[(*PARTS[i], 'F') for i in (0, 4, 6, 8, 9)],
+        *[(*ACROSS[i][:-1], True, ACROSS[i][-1]) for i in (0, 4, 5, 6, 8, 9)],
+    ],
 )
-def test_a_part_s_noise_is_the_leaf_s(shape, batch_axes, spec, band, fills, rng):
+def test_a_part_s_noise_is_the_leaf_s(shape, batch_axes, spec, band, fills, order, rng):
     """One device or eight, a kernel or not: each entry is rounded by what its place draws."""
-    keywords = dict(band=band, eps=0.1, stats_dtype='bfloat16', mu_dtype='bfloat16')
+    keywords = dict(band=band, eps=0.1, stats_dtype='bfloat16', mu_dtype='bfloat16', order=order)
     layout = {'': LeafRule(batch_axes=batch_axes)}
     ours, theirs = (sonew(impl, layout=layout, **keywords) for impl in ('pallas', 'xla'))
     grads = [jnp.asarray(rng.normal(size=shape), jnp.float32)]
@@ -316,18 +358,19 @@ def test_a_part_s_noise_is_the_leaf_s(shape, batch_axes, spec, band, fills, rng)
 def test_on_gpus_each_steps_its_part(shape, batch_axes, spec, band, fills, rng, for_gpus):
     """Whatever the part: there are no tiles to fill."""
     del fills
-    test_each_device_steps_its_part(AxisType.Explicit, shape, batch_axes, spec, band, True, rng)
+    kind = AxisType.Explicit
+    test_each_device_steps_its_part(kind, shape, batch_axes, spec, band, True, 'F', rng)
 
 
 @pytest.mark.parametrize(
     ('shape', 'batch_axes', 'spec', 'band', 'fills'), [PARTS[4], PARTS[6], PARTS[8]]
 )
 def test_on_gpus_a_part_s_noise_is_the_leaf_s(shape, batch_axes, spec, band, fills, rng, for_gpus):
-    test_a_part_s_noise_is_the_leaf_s(shape, batch_axes, spec, band, fills, rng)
+    test_a_part_s_noise_is_the_leaf_s(shape, batch_axes, spec, band, fills, 'F', rng)
 
 
 def test_on_gpus_relative_damping_is_the_leaf_s(rng, for_gpus):
-    test_relative_damping_is_the_leaf_s(*PARTS[6], rng)
+    test_relative_damping_is_the_leaf_s(*PARTS[6], 'F', rng)
 
 
 @pytest.mark.parametrize('kind', [AxisType.Explicit, AxisType.Auto])
@@ -560,43 +603,65 @@ def test_auto_on_another_backend_of_a_tpu_s_host_is_no_interpreter(monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ('shape', 'band'), [((256, 384), 1), ((64, 16, 128), 4), ((4096, 256), 2), ((128, 8, 256), 1)]
+    ('shape', 'band', 'order'),
+    [
+        ((256, 384), 1, 'F'),
+        ((64, 16, 128), 4, 'F'),
+        ((4096, 256), 2, 'F'),
+        ((128, 8, 256), 1, 'F'),
+        ((256, 512), 1, 'C'),
+        ((64, 4096), 4, 'C'),
+        ((64, 64, 128), 2, 'C'),
+        ((512, 600), 1, 'F'),  # held by columns
+    ],
 )
-def test_each_block_is_fetched_once(shape, band, monkeypatch):
-    """As the compiler's counts of a kernel's traffic take for granted."""
-    monkeypatch.setattr(tiles, '_TILE_BYTES', 2**16)  # several tiles
+def test_each_block_is_fetched_once(shape, band, order, monkeypatch):
+    """As the counts of a kernel's traffic take for granted, or say: those that say what it is."""
+    monkeypatch.setattr(cuts, '_TILE_BYTES', 2**16)  # several tiles
     calls = []
     real = pallas.pallas_call
 
     def counting(*given, grid, in_specs, **keywords):
         def call(*operands):
-            calls.append((grid, in_specs, operands))
+            calls.append((grid, in_specs, operands, keywords))
             return real(*given, grid=grid, in_specs=in_specs, **keywords)(*operands)
 
         return call
 
     monkeypatch.setattr(pallas, 'pallas_call', counting)
-    tx = precond_optax.sonew(0.1, band=band, relative_eps=0.1, impl='pallas')
+    tx = precond_optax.sonew(0.1, band=band, relative_eps=0.1, impl='pallas', order=order)
     params = jnp.zeros(shape)
     fused.one_pass.clear_cache()
     jax.eval_shape(tx.update, params, tx.init(params))
     fused.one_pass.clear_cache()
-    assert len(calls) == 4  # two passes, compiled and interpreted
-    for grid, spec, operand in (
-        (grid, *each)
-        for grid, specs, operands in calls
-        for each in zip(specs, operands, strict=True)
-    ):
-        assert grid[1] > 1
-        if spec.index_map is None:
-            continue
-        places = [
-            tuple(int(x) for x in spec.index_map(*place))
-            for place in itertools.product(*map(range, grid))
-        ]
-        fetches = 1 + sum(a != b for a, b in itertools.pairwise(places))
-        sizes = zip(operand.shape, spec.block_shape, strict=True)
-        assert fetches <= math.prod(-(-size // block) for size, block in sizes) + 1
+    said = [call for call in calls if 'cost_estimate' in call[-1]]
+    assert len(said) in (0, 4)
+    assert len(calls) == 4 + len(said)  # two passes, compiled and interpreted
+    for grid, specs, operands, keywords in calls:
+        assert math.prod(grid) > 1
+        fetched = 0
+        for spec, operand in zip(specs, operands, strict=True):
+            if spec.index_map is None:
+                continue
+            fetches = blocks_of(spec, grid)
+            sizes = zip(operand.shape, spec.block_shape, strict=True)
+            assert fetches <= math.prod(-(-size // block) for size, block in sizes) + 1
+            fetched += fetches * math.prod(spec.block_shape) * operand.dtype.itemsize
+        if 'cost_estimate' in keywords:
+            for spec, result in zip(keywords['out_specs'], keywords['out_shape'], strict=True):
+                fetched += blocks_of(spec, grid) * math.prod(spec.block_shape) * 4
+                assert result.dtype == jnp.float32
+            estimate = keywords['cost_estimate'].bytes_accessed
+            assert estimate <= fetched <= 1.3 * estimate  # the last rows' blocks may be cut off
+
+
+def blocks_of(spec, grid):
+    """How often a call asks for another block than it has."""
+    places = [
+        tuple(int(x) for x in spec.index_map(*place))
+        for place in itertools.product(*map(range, grid))
+    ]
+    return 1 + sum(a != b for a, b in itertools.pairwise(places))
 
 
 def test_wrong_impl():

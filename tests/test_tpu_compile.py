@@ -154,66 +154,84 @@ def test_adams_traffic_on_one_chip():
 
 @pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
 @pytest.mark.parametrize(
-    ('shape', 'batch_axes', 'band', 'more'),
+    ('shape', 'order', 'band', 'more'),
     [
-        ((8192, 8192), 0, 0, 1.01),
-        ((8192, 8192), 0, 1, 1.05),
-        ((8192, 8192), 0, 2, 1.1),
-        ((8192, 8192), 0, 4, 1.1),
-        ((8192, 8192), 0, 8, 1.3),
-        ((1000, 70_000), 0, 1, 1.15),
-        ((32, 1536, 4096), 1, 1, 1.1),
-        ((32, 1536, 16, 128), 1, 1, 1.15),
-        ((32, 1536, 16, 128), 1, 4, 1.5),  # whose tiles have but 32 rows, and 8 beside them
+        ((8192, 8192), 'F', 0, 1.01),
+        ((8192, 8192), 'F', 1, 1.05),
+        ((8192, 8192), 'F', 2, 1.1),
+        ((8192, 8192), 'F', 4, 1.1),
+        ((8192, 8192), 'F', 8, 1.3),
+        ((1000, 70_000), 'F', 1, 1.15),
+        ((32, 1536, 4096), 'F', 1, 1.1),
+        ((32, 1536, 16, 128), 'F', 1, 1.15),
+        ((32, 1536, 16, 128), 'F', 4, 1.5),  # whose tiles have but 32 rows, and 8 beside them
+        ((1024, 50_257), 'F', 1, 1.2),  # held by columns, of which 128 are read for the last one
+        ((32, 1536, 16, 64), 'F', 1, 1.2),  # held as (16, 64, 1536)
+        ((8192, 8192), 'C', 0, 1.01),
+        ((8192, 8192), 'C', 1, 1.05),
+        ((8192, 8192), 'C', 2, 1.05),
+        ((8192, 8192), 'C', 4, 1.1),
+        ((8192, 8192), 'C', 8, 1.1),
+        ((50_304, 1024), 'C', 1, 1.2),
     ],
 )
-def test_one_pass_over_memory(topology, shape, batch_axes, band, more):
+def test_one_pass_over_memory(topology, shape, order, band, more):
     """Arrays g m d e read and m d e u written, u and p read and p written; a few rows twice."""
     pytest.importorskip('libtpu')
-    layout = {'': precond_optax.LeafRule(batch_axes=batch_axes)}
-    tx = precond_optax.sonew(1e-3, band=band, impl='pallas', layout=layout)
+    layout = {'': precond_optax.LeafRule(batch_axes=int(len(shape) > 2))}
+    tx = precond_optax.sonew(1e-3, band=band, impl='pallas', layout=layout, order=order)
     leaf = tpu_compile.one_leaf(shape, topology)
     facts = tpu_compile.measure(tx, leaf)
     traffic, temporary = facts.traffic / leaf.size, facts.temporary / leaf.size
     least = 2 * 4 * (3 + band) + 12
-    print(f'{topology} {shape} band {band}: {traffic:.2f} ({least}), temporary {temporary:.2f}')
+    what = f'{topology} {shape} order {order} band {band}'
+    print(f'{what}: {traffic:.2f} ({least}), temporary {temporary:.2f}')
     assert least <= traffic <= more * least
     assert temporary <= (5.5 if band < 4 else 20)
 
 
 @pytest.mark.parametrize(
-    ('shape', 'batch_axes', 'band', 'traffic', 'temporary'),
+    ('shape', 'order', 'band', 'traffic', 'temporary'),
     [
-        ((1024, 50_257), 0, 1, 125, 22),  # whose arrays lie by columns, and are turned round
-        ((8, 1536, 16, 128), 1, 8, 330, 52),  # whose tiles have 16 rows, and 16 beside them
+        ((1000, 50_257), 'F', 1, 125, 22),  # whose arrays lie by columns, and are turned round
+        ((8, 1536, 16, 128), 'F', 8, 330, 52),  # whose tiles have 16 rows, and 16 beside them
+        ((24, 1536, 16, 128), 'C', 1, 140, 13),  # whose rows are as long as what is beside them
     ],
 )
-def test_one_pass_where_it_costs_more(shape, batch_axes, band, traffic, temporary):
+def test_one_pass_where_it_costs_more(shape, order, band, traffic, temporary):
     """Above what is aimed for, yet below XLA's own step."""
     pytest.importorskip('libtpu')
-    layout = {'': precond_optax.LeafRule(batch_axes=batch_axes)}
+    layout = {'': precond_optax.LeafRule(batch_axes=int(len(shape) == 4))}
     leaf = tpu_compile.one_leaf(shape, 'v5e:2x2')
+    keywords = dict(band=band, layout=layout, order=order)
     kernel, xla = (
-        tpu_compile.measure(precond_optax.sonew(1e-3, band=band, impl=impl, layout=layout), leaf)
+        tpu_compile.measure(precond_optax.sonew(1e-3, impl=impl, **keywords), leaf)
         for impl in ('pallas', 'xla')
     )
     for name, facts in (('kernel', kernel), ('XLA', xla)):
         numbers = (facts.traffic / leaf.size, facts.temporary / leaf.size)
-        print(f'{shape} band {band}, {name}: {numbers[0]:.2f}, temporary {numbers[1]:.2f}')
+        what = f'{shape} order {order} band {band}, {name}'
+        print(f'{what}: {numbers[0]:.2f}, temporary {numbers[1]:.2f}')
     assert kernel.traffic < xla.traffic
     assert kernel.traffic / leaf.size <= traffic
     assert kernel.temporary / leaf.size <= temporary
 
 
 @pytest.mark.parametrize(
-    ('shape', 'batch_axes', 'band', 'more'),
-    [((8192, 8192), 0, 1, 1.05), ((8192, 8192), 0, 4, 1.1), ((32, 1536, 4096), 1, 1, 1.1)],
+    ('shape', 'order', 'band', 'more'),
+    [
+        ((8192, 8192), 'F', 1, 1.05),
+        ((8192, 8192), 'F', 4, 1.1),
+        ((32, 1536, 4096), 'F', 1, 1.1),
+        ((8192, 8192), 'C', 1, 1.05),
+        ((8192, 8192), 'C', 4, 1.1),
+    ],
 )
-def test_one_pass_after_one_for_relative_damping(shape, batch_axes, band, more):
+def test_one_pass_after_one_for_relative_damping(shape, order, band, more):
     """Which reads g, d and e, and writes next to nothing."""
     pytest.importorskip('libtpu')
-    layout = {'': precond_optax.LeafRule(batch_axes=batch_axes)}
-    keywords = dict(band=band, relative_eps=1e-4, layout=layout)
+    layout = {'': precond_optax.LeafRule(batch_axes=len(shape) - 2)}
+    keywords = dict(band=band, relative_eps=1e-4, layout=layout, order=order)
     leaf = tpu_compile.one_leaf(shape, 'v5e:2x2')
     kernel, xla = (
         tpu_compile.measure(precond_optax.sonew(1e-3, impl=impl, **keywords), leaf)
@@ -221,30 +239,34 @@ def test_one_pass_after_one_for_relative_damping(shape, batch_axes, band, more):
     )
     traffic, temporary = kernel.traffic / leaf.size, kernel.temporary / leaf.size
     least = 2 * 4 * (3 + band) + 12 + 4 * (2 + band)
-    print(f'{shape} band {band}, relative: {traffic:.2f} ({least}), temporary {temporary:.2f}')
+    what = f'{shape} order {order} band {band}, relative'
+    print(f'{what}: {traffic:.2f} ({least}), temporary {temporary:.2f}')
     print(f'XLA: {xla.traffic / leaf.size:.2f}, temporary {xla.temporary / leaf.size:.2f}')
     assert least <= traffic <= more * least
     assert temporary <= 5.5
 
 
 @pytest.mark.parametrize(
-    ('shape', 'batch_axes', 'band', 'more'),
+    ('shape', 'order', 'band', 'more'),
     [
-        ((8192, 8192), 0, 1, 1.05),
-        ((8192, 8192), 0, 4, 1.12),
-        ((32, 1536, 16, 128), 1, 1, 1.12),
+        ((8192, 8192), 'F', 1, 1.05),
+        ((8192, 8192), 'F', 4, 1.12),
+        ((32, 1536, 16, 128), 'F', 1, 1.12),
+        ((8192, 8192), 'C', 1, 1.05),
+        ((8192, 8192), 'C', 4, 1.12),
     ],
 )
-def test_one_pass_over_bfloat16_state(shape, batch_axes, band, more):
+def test_one_pass_over_bfloat16_state(shape, order, band, more):
     """Each array of the state is read and written in two bytes, rounded on the way."""
     pytest.importorskip('libtpu')
-    layout = {'': precond_optax.LeafRule(batch_axes=batch_axes)}
-    low = dict(mu_dtype='bfloat16', stats_dtype='bfloat16')
+    layout = {'': precond_optax.LeafRule(batch_axes=int(len(shape) > 2))}
+    low = dict(mu_dtype='bfloat16', stats_dtype='bfloat16', order=order)
     tx = precond_optax.sonew(1e-3, band=band, impl='pallas', layout=layout, **low)
     leaf = tpu_compile.one_leaf(shape, 'v5e:2x2')
     facts = tpu_compile.measure(tx, leaf)
     traffic, temporary = facts.traffic / leaf.size, facts.temporary / leaf.size
     least = 4 * (2 + band) + 4 + 4 + 12
-    print(f'{shape} band {band}, bfloat16: {traffic:.2f} ({least}), temporary {temporary:.2f}')
+    what = f'{shape} order {order} band {band}, bfloat16'
+    print(f'{what}: {traffic:.2f} ({least}), temporary {temporary:.2f}')
     assert least <= traffic <= more * least
     assert temporary <= 5.5

@@ -105,6 +105,38 @@ def beyond(edge: jax.Array, shards: Shards, step: int) -> jax.Array:
     return lax.ppermute(jnp.where(at_end, further, edge), ordered, pairs)
 
 
+def ends(
+    arrays: Sequence[jax.Array],
+    count: int,
+    axes: Sequence[int],
+    names: Sequence[tuple[str, ...]] = (),
+) -> tuple[jax.Array, jax.Array]:
+    """What stands before the first entries along the fastest axis, and after the last ones.
+
+    The last entries of the line before and the first of the one after. Other devices may have
+    these: ``count`` are sent, of all arrays at once.
+
+    Args:
+      arrays: all of one shape.
+      count: how many along the fastest axis, no more than there are.
+      axes: the chain's, fastest first; the others are batch axes.
+      names: in a manual region, for each of the arrays' axes those of the mesh that share it out.
+
+    Returns:
+      Two arrays (arrays, ...), ``count`` long along the fastest axis, float32; zero past the
+      chains' ends.
+    """
+    fastest, size = axes[0], arrays[0].shape[axes[0]]
+    shards = Shards(tuple(axis + 1 for axis in axes), ((), *(names or [()] * arrays[0].ndim)))
+
+    def stacked(start: int) -> jax.Array:
+        """In float32 once they are cut, so that no array is converted for it."""
+        cut = [lax.slice_in_dim(x, start, start + count, axis=fastest) for x in arrays]
+        return jnp.stack([x.astype(jnp.float32) for x in cut])
+
+    return beyond(stacked(size - count), shards, -1), beyond(stacked(0), shards, 1)
+
+
 def _neighbour_of_shards(x: jax.Array, shards: Shards, step: int) -> jax.Array:
     """`_neighbour` of one device's part."""
     if not shards.cuts:

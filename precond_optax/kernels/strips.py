@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from precond_optax.kernels import chain, diagonal, rounding, tiles, verbs
-from precond_optax.kernels.tiles import Numbers
+from precond_optax.kernels import chain, diagonal, rounding, verbs
+from precond_optax.kernels.tiles import Noise, Numbers
 
 MAX_BAND = 8
 _ROWS = (128, 64, 32)  # of a strip: the rows at its ends move three times more
@@ -226,9 +226,9 @@ def _borders(
     if not band:  # the kernel takes one row, and does not look at it
         return jnp.zeros((leaf.batch, strips, 1, *leaf.rest), jnp.float32)
     arrays = [x.reshape(leaf.batch, leaf.rows, *leaf.rest) for x in arrays]
-    before, after = (
-        jnp.moveaxis(x, 0, 1)[:, None] for x in tiles.beyond(arrays, band, leaf.slower, names)
-    )
+    axes = (1, *(axis + 2 for axis in leaf.slower))
+    ends = chain.ends(arrays, band, axes, ((), *names) if names else ())
+    before, after = (jnp.moveaxis(x, 0, 1)[:, None] for x in ends)
     starts = leaf.strip * np.arange(1, strips)[:, None] + np.arange(band)
     last, first = (
         jnp.stack([x[:, at].astype(jnp.float32) for x in arrays], 2)
@@ -242,7 +242,7 @@ def _borders(
 def _go_down(
     made: Callable[..., Any],
     leaf: Cut,
-    noise: tiles.Noise | None,
+    noise: Noise | None,
     read: int,
     write: int,
     *refs: Any,

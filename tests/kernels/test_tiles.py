@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from precond_optax.kernels import chain, tiles, tridiagonal
+from precond_optax.kernels import chain, cuts, tiles, tridiagonal
 from tests.kernels.steps import (
     arrays,
     assert_near,
@@ -30,22 +30,45 @@ CASES = [
     ((48, 8, 128), 0, (0, 2, 1), 2),  # heads merged with what follows them
     ((2, 96, 16, 128), 1, (1, 2, 3), 4),
 ]
+# The same, of chains that go across a tile's columns; those of a leaf's last axis, where no other
+# is said to be.
+ACROSS = [
+    ((48, 256), 0, (1, 0), 1),  # whole rows
+    ((20, 1536), 0, (1, 0), 1),  # parts of rows, and rows that do not fill the last tile
+    ((9, 128), 0, (1, 0), 2),
+    ((40, 1024), 0, (1, 0), 4),
+    ((24, 1536), 0, (1, 0), 8),  # what is beside a tile takes two of a TPU's
+    ((24, 128), 0, (1, 0), 0),
+    ((2, 36, 256), 1, (2, 1), 1),
+    ((2, 3, 16, 128), 2, (3, 2), 3),
+    ((6, 8, 128), 0, (2, 1, 0), 1),  # planes
+    ((6, 16, 256), 0, (2, 0, 1), 2),  # rows one after another are of one plane each
+    ((3, 40, 1024), 0, (2, 1, 0), 4),  # parts of planes
+    ((1, 24, 128), 0, (2, 1, 0), 1),
+    ((24, 1, 128), 0, (2, 1, 0), 1),
+    ((128, 90), 0, (0, 1), 1),  # held by columns
+    ((1024, 37), 0, (0, 1), 4),
+    ((2, 256, 65), 1, (1, 2), 2),
+    ((128, 16, 64), 0, (0, 1, 2), 1),  # held as (16, 64, 128)
+    ((128, 8, 64), 0, (0, 2, 1), 2),
+]
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Of 8 to 32 rows, so that small leaves have several."""
+    """Of 8 to 32 rows, or of few columns, so that small leaves have several."""
     real = tiles.cut
+    monkeypatch.setattr(cuts, '_FEWEST', 128)
 
     def cut(shape, batch_axes, axes, band):
         heads = len(shape) - batch_axes == 3
-        monkeypatch.setattr(tiles, '_TILE_BYTES', 2**17 if heads else 2**14)
+        monkeypatch.setattr(cuts, '_TILE_BYTES', 2**17 if heads else 2**14)
         return real(shape, batch_axes, axes, band)
 
     monkeypatch.setattr(tiles, 'cut', cut)
 
 
-@pytest.mark.parametrize(('shape', 'batch_axes', 'axes', 'band'), CASES)
+@pytest.mark.parametrize(('shape', 'batch_axes', 'axes', 'band'), CASES + ACROSS)
 @pytest.mark.parametrize('adam_eps', [1e-8, None])
 def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
     leaf = tiles.cut(shape, batch_axes, axes, band)
@@ -59,15 +82,17 @@ def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
         assert_near(got, by_verbs(pattern, axes, batch_axes, *given, s, **how))
 
 
-@pytest.mark.parametrize(('shape', 'batch_axes', 'axes', 'band'), CASES)
+@pytest.mark.parametrize(('shape', 'batch_axes', 'axes', 'band'), CASES + ACROSS)
 def test_largest_row_sums_are_those_of_the_whole(shape, batch_axes, axes, band, rng):
     leaf = tiles.cut(shape, batch_axes, axes, band)
     pattern = pattern_of(band)
     grad, _, nu, edges = arrays(rng, shape, axes, band)
     # The largest one is in a corner, of a tile too, so that what is beside it counts.
-    for place in (0, -1, leaf.tile - 1):
-        corner = (*[0] * batch_axes, place, *[-1] * (len(axes) - 1))
-        large = grad.at[corner].set(30.0)
+    tile = leaf.tile if isinstance(leaf, cuts.Down) else leaf.tile[2]
+    for place in (0, -1, tile - 1):
+        corner = [*[0] * batch_axes, *[-1] * len(axes)]
+        corner[axes[0]] = place
+        large = grad.at[tuple(corner)].set(30.0)
         got = tiles.largest_row_sums(
             pattern, leaf, large, nu, edges, numbers(leaf.batch), interpret=True
         )
@@ -81,6 +106,9 @@ def test_largest_row_sums_are_those_of_the_whole(shape, batch_axes, axes, band, 
         ((96, 256), 0, (0, 1), 1),
         ((2, 48, 128), 1, (1, 2), 4),
         pytest.param((160, 16, 128), 0, (0, 1, 2), 1, marks=pytest.mark.slow),
+        ((24, 512), 0, (1, 0), 1),
+        ((3, 16, 256), 0, (2, 1, 0), 4),
+        pytest.param((128, 16, 64), 0, (0, 1, 2), 2, marks=pytest.mark.slow),
     ],
 )
 def test_in_a_tpu_s_memory(shape, batch_axes, axes, band, rng):
@@ -101,9 +129,14 @@ def test_in_a_tpu_s_memory(shape, batch_axes, axes, band, rng):
 
 
 def test_the_cases_have_several_tiles():
-    counts = [case[0][case[1]] // tiles.cut(case[0], *case[1:]).tile for case in CASES]
+    counts = [tiles.cut(*case).tiles for case in CASES]
     assert sum(count > 2 for count in counts) >= 5
     assert min(counts) == 1
+    across = [tiles.cut(*case) for case in ACROSS]
+    assert all(isinstance(leaf, cuts.Across) for leaf in across)
+    assert {leaf.parts > 1 for leaf in across} == {True, False}
+    assert {leaf.tile[0] > 1 for leaf in across} == {True, False}
+    assert any(leaf.rows % leaf.tile[1] for leaf in across)
 
 
 @pytest.mark.parametrize('band', [1, 4])
@@ -129,9 +162,33 @@ def test_a_tile_s_border_is_no_end_of_the_chain(band, rng):
         assert all(middle[r] != 0 for r in moved - across)
 
 
-def test_columns_past_the_array_do_not_count(rng):
+@pytest.mark.parametrize('band', [1, 4])
+def test_a_part_s_border_is_no_end_of_the_chain(band, rng):
+    """A gradient in one entry moves those beside it, across tiles and from row to row."""
+    shape, axes = (24, 1024), (1, 0)
+    leaf = tiles.cut(shape, 0, axes, band)
+    assert leaf.parts > 1
+    _, mu, nu, edges = arrays(rng, shape, axes, band)
+    for place in (leaf.tile[2] - 1, leaf.tile[2], 10 * 1024 - 1, 8 * 1024, 0, 24 * 1024 - 1):
+        one = jnp.zeros(shape).at[place // 1024, place % 1024].set(1e3)
+        direction = tiles.step(
+            pattern_of(band),
+            leaf,
+            one,
+            0 * mu,
+            nu,
+            edges,
+            numbers(),
+            adam_eps=None,
+            interpret=True,
+        )[3]
+        moved = {place + k for k in range(-band, band + 1)} & set(range(24 * 1024))
+        assert set(np.flatnonzero(np.asarray(direction).ravel())) == moved
+
+
+@pytest.mark.parametrize(('shape', 'axes'), [((64, 129), (0, 1)), ((20, 1024), (1, 0))])
+def test_what_is_past_the_array_does_not_count(shape, axes, rng):
     """What a tile reads there is anything; its squares are no part of the norms."""
-    shape, axes = (64, 129), (0, 1)
     leaf = tiles.cut(shape, 0, axes, 1)
     given = arrays(rng, shape, axes, 1, scale=1e3)
     got = tiles.step(tridiagonal, leaf, *given, numbers(), adam_eps=1e-8, interpret=True)
@@ -141,7 +198,11 @@ def test_columns_past_the_array_do_not_count(rng):
 @pytest.mark.parametrize(
     ('shape', 'batch_axes', 'axes', 'band'),
     [
-        ((64, 128), 0, (1, 0), 1),  # along the last axis first
+        ((64, 100), 0, (1, 0), 1),  # a part of a TPU's tile
+        ((100, 64), 0, (1, 0), 1),  # held by columns
+        ((7, 128), 0, (1, 0), 1),
+        ((2, 12, 128), 0, (2, 1, 0), 1),
+        ((8, 16, 128), 0, (1, 0, 2), 1),  # first along one that is neither
         ((64, 100), 0, (0, 1), 1),  # less than a TPU's tile
         ((4, 128), 0, (0, 1), 1),  # fewer rows than one
         ((64, 128), 0, (0, 1), 9),
