@@ -234,6 +234,7 @@ ACROSS = [
     ((64, 512), 0, P(), 1, 'C'),
     ((1024, 90), 0, P('x', 'y'), 1, 'F'),
     ((512, 8, 64), 0, P('x', 'y'), 1, 'F'),
+    ((64, 8, 128), 0, P(None, ('x', 'y')), 1, 'C'),  # one head for each
 ]
 
 
@@ -338,7 +339,7 @@ def test_the_parts_are_as_said():
     ('shape', 'batch_axes', 'spec', 'band', 'fills', 'order'),
     [
         *[(*PARTS[i], 'F') for i in (0, 4, 6, 8, 9)],
-        *[(*ACROSS[i][:-1], True, ACROSS[i][-1]) for i in (0, 4, 5, 6, 8, 9)],
+        *[(*ACROSS[i][:-1], True, ACROSS[i][-1]) for i in (0, 4, 5, 6, 8, 9, 10)],
     ],
 )
 def test_a_part_s_noise_is_the_leaf_s(shape, batch_axes, spec, band, fills, order, rng):

@@ -298,7 +298,8 @@ class Across(NamedTuple):
 
         def gather(*refs: Any) -> None:
             for side, start in enumerate((LANES - self.band, 0)):
-                ours, together = refs[side * len(arrays) :], jnp.zeros((planes * rows, LANES))
+                ours = refs[side * len(arrays) :]
+                together = jnp.zeros((planes * rows, LANES), jnp.float32)
                 lane = jax.lax.broadcasted_iota(jnp.int32, together.shape, 1)
                 for i in range(len(arrays)):
                     x = self._flat(ours[i][0]).astype(jnp.float32)
@@ -407,10 +408,7 @@ class Across(NamedTuple):
     def strides(self, every: Sequence[int]) -> tuple[int, ...]:
         """As `Down.strides`."""
         seen = [every[axis] for axis in self.order]
-        if len(seen) == 2:
-            return 0, *seen
-        # Of two axes one of which has size 1 the other one's are the rows.
-        return tuple(seen) if self.planes > 1 or self.sizes[1] > 1 else (0, seen[0], seen[2])
+        return tuple(seen) if len(seen) == 3 else (0, *seen)  # of matrices there is one plane
 
 
 Cut: TypeAlias = Down | Across
@@ -496,7 +494,7 @@ def _across(
 ) -> Across | None:
     sizes = tuple(own[axis] for axis in order)
     *major, length = sizes
-    planes, rows = (1, math.prod(major)) if 1 in major or len(major) == 1 else major
+    planes, rows = major if len(major) == 2 else (1, *major)
     if rows < SUBLANES or (planes > 1 and rows % SUBLANES) or length % LANES:
         return None
     widths = (length // n for n in range(1, length // LANES + 1) if length % (n * LANES) == 0)
