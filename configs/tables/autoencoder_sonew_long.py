@@ -23,8 +23,9 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
     yield 'b2 from 0.948 to 0.995', rising
     yield 'Nesterov', dict(nesterov=True)
     yield 'Nesterov, b2 rising', dict(nesterov=True, **rising)
-    lower = 0.7 * BASE['learning_rate']
+    lower, higher = 0.7 * BASE['learning_rate'], 1.4 * BASE['learning_rate']
     yield 'Nesterov, b2 rising, rate x 0.7', dict(nesterov=True, learning_rate=lower, **rising)
+    yield 'Nesterov, b2 rising, rate x 1.4', dict(nesterov=True, learning_rate=higher, **rising)
     yield 'learning rate x 0.7', dict(learning_rate=lower)
     yield 'eps x 0.1', dict(eps=0.1 * BASE['eps'])
     yield 'eps x 4', dict(eps=4 * BASE['eps'])
