@@ -15,7 +15,7 @@ from experiments import mesh as mesh_lib
 from experiments import program as program_lib
 from experiments import segments, tasks, telemetry, train
 from experiments import workdir as workdir_lib
-from precond_optax.kernels import fused, tiles
+from precond_optax.kernels import cuts, fused
 from tests.compiled import bytes_by_device
 from tests.experiments import stand_in
 from tests.experiments.small import config_of, lines, small_task, without_clock
@@ -121,8 +121,8 @@ def test_in_a_mesh_kernels_run_on_each_device_s_part(monkeypatch):
     """Of an optimizer that has some: the program tells it where everything lies."""
     carry, told = on_one_device('sonew')
     real, leaves = fused.one_pass, []
-    monkeypatch.setattr(tiles, 'LANES', 4)  # so that the small leaves fill tiles
-    monkeypatch.setattr(tiles, 'SUBLANES', 2)
+    monkeypatch.setattr(cuts, 'LANES', 4)  # so that the small leaves fill tiles
+    monkeypatch.setattr(cuts, 'SUBLANES', 2)
     monkeypatch.setattr(
         fused, 'one_pass', lambda *args: leaves.append(args[1].shape) or real(*args)
     )
