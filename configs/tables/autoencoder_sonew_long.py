@@ -30,10 +30,27 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
     yield 'eps x 0.1', dict(eps=0.1 * BASE['eps'])
     yield 'eps x 4', dict(eps=4 * BASE['eps'])
     yield 'order C', dict(order='C')
+    # Neighbouring pixels are columns of the last kernel, as they are rows of the first one.
+    pixels = dict(layout=(('dense_7/kernel', dict(order='C')),))
+    yield 'order C on the last', pixels
+    yield 'Nesterov, b2 rising, order C on the last', dict(nesterov=True, **pixels, **rising)
+    yield (
+        'band 4, Nesterov, b2 rising, order C on the last',
+        dict(band=4, nesterov=True, **pixels, **rising),
+    )
     yield 'band 4', dict(band=4)
     yield 'band 4, b2 rising', dict(band=4, **rising)
     yield 'band 4, Nesterov, b2 rising', dict(band=4, nesterov=True, **rising)
+    yield (
+        'band 4, Nesterov, b2 rising, rate x 1.4',
+        dict(band=4, nesterov=True, learning_rate=higher, **rising),
+    )
+    yield (
+        'band 4, Nesterov, b2 rising, eps x 4',
+        dict(band=4, nesterov=True, eps=4 * BASE['eps'], **rising),
+    )
     yield 'band 8', dict(band=8)
+    yield 'band 8, Nesterov, b2 rising', dict(band=8, nesterov=True, **rising)
 
 
 def get_config() -> config_dict.ConfigDict:
