@@ -532,15 +532,17 @@ def test_injected_hyperparameters_leave_the_kernel(rng):
     assert_same(got, expected)
 
 
-@pytest.mark.parametrize('band', [1, 3])
-def test_one_pass_is_the_oracle_s(band, rng):
-    grads = [rng.normal(size=(16, 128)) for _ in range(3)]
-    tx = precond_optax.sonew(1.0, eps=1e-2, band=band, impl='pallas')
-    params = jnp.zeros((16, 128))
+@pytest.mark.parametrize(('band', 'order'), [(1, 'F'), (3, 'F'), (1, 'C'), (3, 'C')])
+def test_one_pass_is_the_oracle_s(band, order, rng):
+    grads = [rng.normal(size=(8, 128)) for _ in range(3)]
+    tx = precond_optax.sonew(1.0, eps=1e-2, band=band, order=order, impl='pallas')
+    params = jnp.zeros((8, 128))
     assert taken(tx, params)
     state, update = tx.init(params), jax.jit(tx.update)
     for grad in grads:
         got, state = update(jnp.asarray(grad, jnp.float32), state)
+    if order == 'C':  # of the transposed, order 'F'
+        grads, got = [grad.T for grad in grads], got.T
     expected = oracles.sonew_direction(grads, eps=1e-2, band=band)
     np.testing.assert_allclose(-got, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
