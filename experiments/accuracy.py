@@ -59,7 +59,9 @@ def measure(grads: Sequence[np.ndarray], dtype: str, band: int, eps: float) -> d
     """The relative error of the direction after the gradients, and the share of dropped edges."""
     kind, keywords = DTYPES[dtype]
     cast = [jnp.asarray(g).astype(kind) for g in grads]
-    tx = precond_optax.scale_by_sonew(eps=eps, band=band, graft=None, diagnostics=True, **keywords)
+    tx = precond_optax.scale_by_sonew(
+        eps=eps, mean_eps=None, band=band, graft=None, diagnostics=True, **keywords
+    )
     update, state = jax.jit(tx.update), tx.init(cast[0])
     for grad in cast:
         updates, state = update(grad, state)
@@ -67,6 +69,7 @@ def measure(grads: Sequence[np.ndarray], dtype: str, band: int, eps: float) -> d
         [np.asarray(g, np.float64) for g in cast],
         band=band,
         eps=eps,
+        mean_eps=0.0,
         graft=None,
         relative_eps=keywords.get('relative_eps', 0.0),
     )

@@ -53,7 +53,7 @@ def device_bytes() -> list[dict[str, Any]]:
     mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
     rows = []
     for band in BANDS:
-        tx = precond_optax.sonew(1e-3, band=band)
+        tx = precond_optax.sonew(1e-3, mean_eps=None, band=band)
         with jax.set_mesh(mesh):
             params = {
                 k: jax.device_put(jnp.ones(shape), NamedSharding(mesh, SPECS[k]))

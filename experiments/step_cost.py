@@ -95,7 +95,8 @@ def _muon(layout: Layout) -> optax.GradientTransformation:
     return optax.contrib.muon(1e-3, muon_weight_dimension_numbers=dimensions)
 
 
-_sonew = functools.partial(_ours, precond_optax.sonew)
+# Without the one more reading of the gradients; its own row tells what that costs.
+_sonew = functools.partial(_ours, precond_optax.sonew, mean_eps=None)
 _shared = functools.partial(_ours, precond_optax.shared_basis)
 _mbag = functools.partial(_ours, precond_optax.mbag)
 _block_adam = functools.partial(_ours, precond_optax.block_adam, block_size=16)
@@ -108,6 +109,7 @@ OPTIMIZERS: dict[str, Callable[[Layout], optax.GradientTransformation]] = {
     'muon': _muon,
     'sonew, diagonal': _sonew(band=0, impl='xla'),
     'sonew, tridiagonal': _sonew(impl='xla'),
+    'sonew, tridiagonal, mean_eps': _sonew(mean_eps=0.1, impl='xla'),
     'sonew, tridiagonal, order C': _sonew(order='C', impl='xla'),
     'sonew, tridiagonal, no graft': _sonew(graft=None, impl='xla'),
     'sonew, tridiagonal, bfloat16 state': _sonew(
@@ -140,6 +142,7 @@ OPTIMIZERS: dict[str, Callable[[Layout], optax.GradientTransformation]] = {
 IN_ONE_PASS: dict[str, Callable[[Layout], optax.GradientTransformation]] = {
     'sonew, diagonal, one pass': _sonew(band=0, impl='pallas'),
     'sonew, tridiagonal, one pass': _sonew(impl='pallas'),
+    'sonew, tridiagonal, mean_eps, one pass': _sonew(mean_eps=0.1, impl='pallas'),
     'sonew, tridiagonal, no graft, one pass': _sonew(graft=None, impl='pallas'),
     'sonew, band 2, one pass': _sonew(band=2, impl='pallas'),
     'sonew, band 4, one pass': _sonew(band=4, impl='pallas'),

@@ -190,7 +190,7 @@ def _traffic(cost: Any, text: str) -> float:
 
 def one_pass(band: int, params: Any, layout: Any = None) -> optax.GradientTransformation:
     """SONew through the fused kernel, on each chip's part of the parameters."""
-    tx = precond_optax.sonew(1e-3, band=band, impl='pallas', layout=layout)
+    tx = precond_optax.sonew(1e-3, mean_eps=None, band=band, impl='pallas', layout=layout)
     return precond_optax.explicit_sharding(tx, params)
 
 
@@ -210,7 +210,9 @@ def optimizers(
     return (
         {'adam': lambda layout=None: optax.adam(1e-3)}
         | {
-            f'sonew, band {band}': functools.partial(precond_optax.sonew, 1e-3, band=band)
+            f'sonew, band {band}': functools.partial(
+                precond_optax.sonew, 1e-3, mean_eps=None, band=band
+            )
             for band in bands
         }
         | {

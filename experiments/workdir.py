@@ -28,6 +28,7 @@ ADDED: dict[str, Any] = {
     'optimizer.fallback': 'sgd',
     'optimizer.schedules': {},
     'optimizer.layout': [],
+    'optimizer.mean_eps': None,
 }
 PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy', 'orbax-checkpoint', 'precond_optax')
 

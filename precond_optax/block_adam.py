@@ -226,7 +226,7 @@ def block_adam(
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
     layout: layout_lib.Layout = None,
-    weight_decay: Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Block Adam: Adam with a full second moment for each group of a few inputs of an output.
@@ -247,7 +247,9 @@ def block_adam(
 
     State beside the parameters: the momentum, and for each entry of a leaf ``block_size`` numbers;
     twice as many where roots are kept. An eigendecomposition of each group in each step makes it
-    many times slower than Adam: ``root_every`` spreads them over the steps.
+    many times slower than Adam: ``root_every`` spreads them over the steps. The first root is then
+    that of one gradient, and blows up what the next ones have in other directions: take
+    ``graft='adam'`` with it.
 
     Args:
       learning_rate: the step size, a number or a schedule.
@@ -271,7 +273,7 @@ def block_adam(
       layout: what the shapes do not tell. A mapping from regular expressions, searched for in
         a leaf's path ('encoder/0/kernel'), to `LeafRule`, first match wins; or a function
         ``(path, leaf) -> LeafRule | None``.
-      weight_decay: decoupled, as in ``optax.adamw``, >= 0.
+      weight_decay: decoupled, as in ``optax.adamw``, >= 0, or a schedule.
       mask: which leaves decay, as in ``optax.adamw``.
 
     Returns:

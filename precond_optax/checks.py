@@ -34,6 +34,12 @@ def in_range(
         raise ValueError(f'{name} must be in {allowed}, got {value!r}.')
 
 
+def learning_rate(value: Any) -> None:
+    """Raises ``ValueError`` unless this is a schedule or a number that is not negative."""
+    if not callable(value):
+        in_range('learning_rate', value, 0)
+
+
 def positive(name: str, value: Any) -> None:
     """Raises ``ValueError`` unless ``0 < value < inf``."""
     if is_static_zero(value):

@@ -125,6 +125,7 @@ class LeafLayout:
       rank, block_size: what the leaf's rule says of them; None: nothing.
       reason: why, for a reader.
       turn: in which of some steps the leaf does what is not done in each; see `leafwise`.
+      stored: in an update, the dtypes of its arrays in the state, by the field's name.
     """
 
     path: str
@@ -140,6 +141,7 @@ class LeafLayout:
     block_size: int | None
     reason: str
     turn: int = 0
+    stored: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def axes(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ together again. A method that needs sums over all leaves says so in a ``Whole``.
 for a leaf and its docstring, and nothing of this.
 """
 
+import collections
 import contextlib
 import contextvars
 import dataclasses
@@ -21,7 +22,6 @@ import optax
 
 from precond_optax import checks
 from precond_optax import layout as layout_lib
-from precond_optax.checks import Scalar
 from precond_optax.kernels import matrix_root
 from precond_optax.kernels.rounding import stochastic_round
 from precond_optax.layout import LeafLayout
@@ -81,6 +81,23 @@ def path_string(path: Path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator='/') or '(root)'
 
 
+def paths_of(with_paths: Sequence[tuple[Path, Any]]) -> list[str]:
+    """The paths of a tree's leaves as rules and messages write them.
+
+    Boxes around arrays, as Flax puts them, are no part of a path: ``nnx.Optimizer`` hands them to
+    ``init``, but not to ``update``.
+    """
+
+    def place(path: Path) -> Path:
+        boxed = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey('value')
+        return path[:-1] if boxed else path
+
+    # A box holds one array; of a tuple's query, key and value none is a box.
+    shared = collections.Counter(path[:-1] for path, _ in with_paths)
+    alone = [place(path) if shared[path[:-1]] == 1 else path for path, _ in with_paths]
+    return [path_string(path) for path in alone]
+
+
 def owners(state: optax.OptState, params: optax.Params) -> list[int | None]:
     """For each leaf of a state, the number of the parameter that it belongs to, or None.
 
@@ -116,7 +133,8 @@ def _leaves(tree: Any, layout: layout_lib.Layout) -> tuple[list[Any], list[LeafL
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     leaves = [leaf for _, leaf in with_paths]
     layouts = [
-        layout_lib.leaf_layout(path_string(path), leaf, layout) for path, leaf in with_paths
+        layout_lib.leaf_layout(path, leaf, layout)
+        for path, leaf in zip(paths_of(with_paths), leaves, strict=True)
     ]
     return leaves, layouts, treedef
 
@@ -250,8 +268,15 @@ def leafwise(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         grads, layouts, treedef = leaves_of(updates)
+        _check_alike(layouts, treedef, state, state_type)
+        grads = [jnp.asarray(grad) for grad in grads]
+        updates = treedef.unflatten(grads)
         count = optax.safe_increment(state.count)
         per_leaf, others = _to_leaves(state, depth, treedef), {}
+        layouts = [
+            dataclasses.replace(facts, stored=_dtypes(fields))
+            for facts, fields in zip(layouts, per_leaf, strict=True)
+        ]
         wide = [_cast(f, facts.compute_dtype) for f, facts in zip(per_leaf, layouts, strict=True)]
         if has_graft:
             tree, others['graft'] = rule.update(updates, state.graft, params, **extra_args)
@@ -288,6 +313,33 @@ def leafwise(
         return treedef.unflatten(directions), state_type(count=count, **others, **trees)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_alike(layouts: Sequence[LeafLayout], treedef: Any, state: Any, wanted: type) -> None:
+    """Raises ``ValueError`` if these are not the gradients that the state is for."""
+    if not isinstance(state, wanted):
+        raise ValueError(f'the state must be a {wanted.__name__}, got a {type(state).__name__}.')
+    if not hasattr(state, 'mu'):  # which is as the parameters are, in all methods
+        return  # a grafting rule, whose method has looked
+    means = state.mu
+    try:
+        held = treedef.flatten_up_to(means)
+    except (ValueError, TypeError) as error:
+        there = set(paths_of(jax.tree_util.tree_leaves_with_path(means)))
+        given = {facts.path for facts in layouts}
+        what = [f'{path} is missing' for path in sorted(there - given)]
+        what += [f'{path} is not in the state' for path in sorted(given - there)]
+        told = '; '.join(what[:4]) or f'{treedef} in place of {jax.tree.structure(means)}'
+        raise ValueError(
+            f'the gradients are not the tree that the state was made for: {told}.'
+        ) from error
+    for facts, mean in zip(layouts, held, strict=True):
+        shapes = {jnp.shape(x) for x in jax.tree.leaves(mean)}
+        if shapes - {facts.shape}:
+            raise ValueError(
+                f'{facts.path}: the gradient has shape {facts.shape}, but the state was made for '
+                f'{", ".join(map(str, shapes))}.'
+            )
 
 
 def _widest(layouts: Sequence[LeafLayout]) -> jnp.dtype:
@@ -328,6 +380,12 @@ def _to_leaves(state: Any, depth: Mapping[str, int | None], treedef: Any) -> lis
             values = tuple(column[i] for column in columns)
             fields[name] = values[0] if count is None else values
     return per_leaf
+
+
+def _dtypes(fields: Fields) -> dict[str, Any]:
+    """In which each field of a leaf is stored; of a stacked one, its first array."""
+    arrays = {name: jax.tree.leaves(value) for name, value in fields.items()}
+    return {name: jnp.result_type(held[0]) for name, held in arrays.items() if held}
 
 
 def _cast(tree: Any, dtype: jnp.dtype) -> Any:
@@ -377,7 +435,7 @@ def _cast_like(
 def chain_learning_rate(
     direction: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: Scalar,
+    weight_decay: optax.ScalarOrSchedule,
     mask: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """An alias: the direction, decoupled weight decay, the learning rate and the sign.
@@ -385,7 +443,9 @@ def chain_learning_rate(
     A weight decay that is the number 0 needs no parameters in ``update``, as ``optax.adam``
     needs none; the state is the same with and without.
     """
-    checks.in_range('weight_decay', weight_decay, 0)
+    checks.learning_rate(learning_rate)
+    if not callable(weight_decay):
+        checks.in_range('weight_decay', weight_decay, 0)
     if checks.is_static_zero(weight_decay):
         decay: optax.GradientTransformation = optax.identity()
     else:

@@ -271,7 +271,7 @@ def mbag(
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
     layout: layout_lib.Layout = None,
-    weight_decay: Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""MBAG: full-matrix AdaGrad on groups of a few entries each.
@@ -308,7 +308,9 @@ def mbag(
         dtypes, layout functions or masks.
       root_every: steps between two roots of a leaf, >= 1. The first is taken in the first step.
         Leaves take turns, so that no step does all; the largest one's steps are 1, 1 +
-        root_every, and so on. Groups of one entry have theirs in each step.
+        root_every, and so on. Groups of one entry have theirs in each step. The first root, of
+        one gradient, has the size of damping in all other directions: where that is far below
+        squared gradients, steps are long until the second.
       newton_schulz_steps: of the iteration, >= 1. n of them resolve eigenvalues down to about
         :math:`(4/9)^n` of the largest; along smaller ones the step is too short, never too long.
       decay: None: the sum; or that of the mean, in [0, 1).
@@ -325,7 +327,7 @@ def mbag(
       layout: what the shapes do not tell. A mapping from regular expressions, searched for in
         a leaf's path ('encoder/0/kernel'), to `LeafRule`, first match wins; or a function
         ``(path, leaf) -> LeafRule | None``.
-      weight_decay: :math:`\lambda_w`, decoupled, as in ``optax.adamw``, >= 0.
+      weight_decay: :math:`\lambda_w`, decoupled, as in ``optax.adamw``, >= 0, or a schedule.
       mask: which leaves decay, as in ``optax.adamw``.
 
     Returns:

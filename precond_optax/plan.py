@@ -118,7 +118,7 @@ def plan(tx: optax.GradientTransformation, params: optax.Params) -> Plan:
       ('tridiagonal, 1 x 16777216, order F', 201326596, 134217728)
     """
     with_paths = jax.tree_util.tree_leaves_with_path(params)
-    paths = [leafwise.path_string(path) for path, _ in with_paths]
+    paths = leafwise.paths_of(with_paths)
     records: list[leafwise.Record] = []
     with leafwise.recording(records):
         # A function made here: a cached trace of `tx.init` would record nothing.
@@ -126,7 +126,7 @@ def plan(tx: optax.GradientTransformation, params: optax.Params) -> Plan:
     said: dict[str, list[tuple[LeafLayout, str]]] = {path: [] for path in paths}
     for record in records:
         for facts, treatment in record.leaves:
-            said[facts.path].append((facts, treatment))
+            said.setdefault(facts.path, []).append((facts, treatment))
     cost = [0] * len(paths)
     for leaf, owner in zip(jax.tree.leaves(state), leafwise.owners(state, params), strict=True):
         if owner is not None:
@@ -145,5 +145,9 @@ def plan(tx: optax.GradientTransformation, params: optax.Params) -> Plan:
                 adam_bytes=2 * _bytes(leaf),
             )
         )
+    for path in list(said)[len(set(paths)) :]:
+        for facts, treatment in said[path]:
+            why = f'{facts.reason}; made of leaves by a wrapper'
+            leaves.append(LeafPlan(path, facts.shape, facts.dtype.name, treatment, why, 0, 0))
     unmatched = tuple(pattern for record in records for pattern in record.unmatched)
     return Plan(tuple(leaves), total - sum(cost), unmatched)

@@ -214,7 +214,7 @@ def shampoo(
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
     layout: layout_lib.Layout = None,
-    weight_decay: Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shampoo: a second moment for each axis of a leaf, by blocks; their fourth roots.
@@ -230,7 +230,9 @@ def shampoo(
       \theta_{t+1} &= \theta_t - \alpha_t (\hat\mu_t + \lambda \theta_t)
 
     with w the update of the grafting rule, leaf by leaf; hats are bias-corrected. ``b2=1`` makes
-    sums of the means, as in the paper. A learning rate found for Adam carries over. Without
+    sums of the means, as in the paper. The default rule has no bias correction: the first step
+    is :math:`(1 - \beta_2)^{-1/2}` times as long as Adam's. A learning rate found for Adam carries
+    over after some :math:`1 / (1 - \beta_2)` steps of warm-up, or with ``graft='adam'``. Without
     grafting u has its own size and no unit: for a gradient that stays the same it is the nearest
     orthogonal matrix, all singular values 1. A leaf of k axes has k second moments and the roots
     -1/(2k).
@@ -272,7 +274,7 @@ def shampoo(
       layout: what the shapes do not tell. A mapping from regular expressions, searched for in
         a leaf's path ('encoder/0/kernel'), to `LeafRule`, first match wins; or a function
         ``(path, leaf) -> LeafRule | None``.
-      weight_decay: decoupled, as in ``optax.adamw``, >= 0.
+      weight_decay: decoupled, as in ``optax.adamw``, >= 0, or a schedule.
       mask: which leaves decay, as in ``optax.adamw``.
 
     Returns:

@@ -51,6 +51,7 @@ def state_sharding(tx: optax.GradientTransformation, params: optax.Params) -> An
       (P('x',), P())
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = leafwise.paths_of(leaves)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
     replicated = _replicated(params)
     records: list[leafwise.Record] = []
@@ -67,7 +68,7 @@ def state_sharding(tx: optax.GradientTransformation, params: optax.Params) -> An
         before = path[: len(path) - len(param_path)]
         # A field's name, or its name and a number where it is a tuple of trees.
         fields = [leafwise.path_string(before[-length:]) for length in (1, 2)]
-        axes = _said(records, leafwise.path_string(param_path), fields, leaf)
+        axes = _said(records, names[owner], fields, leaf)
         shardings.append(_follow(leaf.shape, param, axes))
     return jax.tree.unflatten(jax.tree.structure(state), shardings)
 

@@ -358,7 +358,7 @@ def shared_basis(
     stochastic_rounding: bool = True,
     layout: layout_lib.Layout = None,
     seed: int = 0,
-    weight_decay: Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shared basis: each output's second moment, of low rank in a basis that all outputs share.
@@ -377,8 +377,10 @@ def shared_basis(
       \mu_t &= \beta_1 \mu_{t-1} + (1 - \beta_1)\, u \|w\| / \|u\| \\
       \theta_{t+1} &= \theta_t - \alpha_t (\hat\mu_t + \lambda \theta_t)
 
-    with w the update of the grafting rule, leaf by leaf, and a bias-corrected :math:`\hat\mu`. A
-    learning rate found for Adam carries over. ``b2=1`` makes sums of the means, as in the paper.
+    with w the update of the grafting rule, leaf by leaf, and a bias-corrected :math:`\hat\mu`. The
+    default rule has none, so that the first step is :math:`(1 - \beta_2)^{-1/2}` times as long as
+    Adam's: a learning rate found for Adam carries over after some :math:`1 / (1 - \beta_2)` steps
+    of warm-up, or with ``graft='adam'``. ``b2=1`` makes sums of the means, as in the paper.
     With ``rank`` at least b, u is that of block-diagonal AdaGrad in full.
 
     The outputs are a leaf's last axis; ``LeafRule`` says otherwise: ``merge_axes=((-2, -1),)`` for
@@ -425,7 +427,7 @@ def shared_basis(
         a leaf's path ('encoder/0/kernel'), to `LeafRule`, first match wins; or a function
         ``(path, leaf) -> LeafRule | None``.
       seed: of the basis that a leaf begins with, beside its path.
-      weight_decay: decoupled, as in ``optax.adamw``, >= 0.
+      weight_decay: decoupled, as in ``optax.adamw``, >= 0, or a schedule.
       mask: which leaves decay, as in ``optax.adamw``.
 
     Returns:

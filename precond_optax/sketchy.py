@@ -219,7 +219,7 @@ def sketchy(
     max_dim: int = 4096,
     mu_dtype: Any | None = None,
     layout: layout_lib.Layout = None,
-    weight_decay: Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sketchy: Shampoo with each second moment as leading eigenvectors and the mass they miss.
@@ -271,7 +271,7 @@ def sketchy(
       layout: what the shapes do not tell. A mapping from regular expressions, searched for in
         a leaf's path ('encoder/0/kernel'), to `LeafRule`, first match wins; or a function
         ``(path, leaf) -> LeafRule | None``.
-      weight_decay: decoupled, as in ``optax.adamw``, >= 0.
+      weight_decay: decoupled, as in ``optax.adamw``, >= 0, or a schedule.
       mask: which leaves decay, as in ``optax.adamw``.
 
     Returns:

@@ -190,7 +190,7 @@ def soaa(
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
-    weight_decay: Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SOAA: a diagonal Fisher matrix, and a trust region that opens and closes with the loss.
@@ -249,7 +249,7 @@ def soaa(
       stochastic_rounding: whether statistics stored in bfloat16 are rounded stochastically, so
         that increments below their precision are not lost. Drawn from the step count and the
         leaf's path: a resumed run draws the same.
-      weight_decay: decoupled, as in ``optax.adamw``, >= 0.
+      weight_decay: decoupled, as in ``optax.adamw``, >= 0, or a schedule.
       mask: which leaves decay, as in ``optax.adamw``.
 
     Returns:
@@ -281,6 +281,7 @@ def soaa(
       updates: hence the two readings; the centred one is that of Tadam (Neural Networks 167,
       2023), on which it builds.
     """
+    checks.learning_rate(learning_rate)
     direction = scale_by_soaa(
         b1,
         b2,

@@ -3,7 +3,7 @@ r"""SONew, the sparsified online Newton method: state, transformation, alias."""
 import functools
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,9 @@ class ScaleBySonewState(NamedTuple):
     # `band` trees like the parameters, of stats_dtype: tree k holds the mean of g_j g_{j+k+1};
     # optax.MaskedNode() where a leaf is no chain or has fewer bands.
     offdiag: tuple[optax.Updates, ...]
+    # like the parameters with one entry for each chain: the mean of nu over it; MaskedNode() where
+    # a leaf is no chain, or mean_eps is None
+    nu_mean: Any
     graft: optax.OptState  # the grafting rule's own state, if it has any
     # shape=(leaves,), dtype=float32: edges of each leaf dropped in the last step; with
     # diagnostics=False optax.MaskedNode()
@@ -56,6 +59,36 @@ def _is_placed(impl: str, leaf: jax.Array) -> bool:
     return placement.has_known_parts(leaf) and (impl == 'pallas' or not guessed)
 
 
+def _as_a_kernel(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, one after the other under vmap, which would put a batch axis to the scalars.
+
+    With clear errors where JAX's would not be.
+    """
+    guarded = jax.custom_batching.custom_vmap(run)
+
+    @guarded.def_vmap
+    def one_by_one(size: int, mapped: Any, *args: Any) -> tuple[Any, Any]:
+        along = jax.tree.map(lambda own: 0 if own else None, mapped)
+        pairs = zip(jax.tree.leaves(args), jax.tree.leaves(mapped), strict=True)
+        if any(own and jax.typeof(x).sharding.spec[0] is not None for x, own in pairs):
+            raise NotImplementedError(
+                'SONew through its kernel under a vmap whose axis the mesh shares out: pass '
+                "impl='xla'."
+            )
+        results = jax.vmap(jax.custom_batching.sequential_vmap(run), along, axis_size=size)(*args)
+        return results, jax.tree.map(lambda _: True, results)
+
+    outer = jax.custom_jvp(guarded)
+
+    @outer.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            "an update of SONew cannot be differentiated through its kernel: pass impl='xla'."
+        )
+
+    return outer
+
+
 def _padded(arrays: Sequence[Any], count: int) -> tuple[Any, ...]:
     return (*arrays, *(optax.MaskedNode() for _ in range(count - len(arrays))))
 
@@ -63,13 +96,14 @@ def _padded(arrays: Sequence[Any], count: int) -> tuple[Any, ...]:
 def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     b1: Scalar = 0.9,
     b2: Scalar = 0.9,
-    eps: Scalar = 1e-4,
+    eps: Scalar = 1e-16,
     *,
+    mean_eps: Scalar | None = 0.1,
+    relative_eps: Scalar | None = None,
     nesterov: bool = False,
     band: int = 1,
     order: str = 'F',
     edge_tolerance: Scalar | None = None,
-    relative_eps: Scalar | None = None,
     graft: grafting.Graft = 'adam',
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
@@ -84,7 +118,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     units of the grafting rule's: none for Adam's.
 
     Args:
-      b1, b2, eps, nesterov, band, order, edge_tolerance, relative_eps, graft, mu_dtype,
+      b1, b2, eps, mean_eps, relative_eps, nesterov, band, order, edge_tolerance, graft, mu_dtype,
         stats_dtype, stochastic_rounding, layout, diagnostics, impl: as in `sonew`, with the same
         defaults.
 
@@ -108,8 +142,9 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     checks.in_range('b1', b1, 0, 1)
     checks.in_range('b2', b2, 0, 1)
     checks.in_range('eps', eps, 0)
-    if relative_eps is not None:
-        checks.in_range('relative_eps', relative_eps, 0)
+    for name, value in (('mean_eps', mean_eps), ('relative_eps', relative_eps)):
+        if value is not None:
+            checks.in_range(name, value, 0)
     if edge_tolerance is not None:
         checks.in_range('edge_tolerance', edge_tolerance, 0, 1)
     checks.flag('nesterov', nesterov)
@@ -143,12 +178,30 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             'mu': jnp.zeros_like(leaf, dtype=mu_dtype or facts.dtype),
             'nu': held[0],
             'offdiag': _padded(held[1:], widest),
+            'nu_mean': nu_mean(leaf, facts),
         }
+
+    def nu_mean(leaf: Any, facts: LeafLayout) -> Any:
+        if mean_eps is None or not facts.precondition:
+            return optax.MaskedNode()
+        shape = tuple(1 if axis in facts.axes else n for axis, n in enumerate(facts.shape))
+        return placement.zeros(leaf, shape, facts.compute_dtype, axes_of(facts)['nu_mean'])
 
     def tolerance(facts: LeafLayout) -> Scalar:
         if edge_tolerance is not None:
             return edge_tolerance
         return _edge_tolerance(jnp.dtype(stats_dtype or facts.compute_dtype))
+
+    def eps_of(
+        grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
+    ) -> tuple[Scalar, leafwise.Fields]:
+        """What is added to the diagonal of each chain, like nu_mean or a number; and the mean."""
+        if mean_eps is None:
+            return eps, {}
+        # The mean goes on as what it is of, which reads the gradient in place of all statistics.
+        square = jnp.sum(grad * grad, axis=facts.axes, keepdims=True) * (1 / facts.size)
+        mean = b2 * state.nu_mean + (1 - b2) * square
+        return eps + mean_eps / (1 - b2**state.count) * mean, {'nu_mean': mean}
 
     def scalars_of(state: ScaleBySonewState, facts: LeafLayout) -> verbs.Scalars:
         mu_correction, nu_correction = 1 / (1 - b1**state.count), 1 / (1 - b2**state.count)
@@ -163,8 +216,8 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
 
     def fits_kernel(facts: LeafLayout) -> bool:
         """Whether a leaf goes through the kernel."""
-        dtypes = {jnp.dtype(d).name for d in (facts.dtype, mu_dtype, stats_dtype) if d is not None}
-        plain = dtypes <= {'float32', 'bfloat16'}
+        dtypes = [facts.dtype, mu_dtype, stats_dtype, *facts.stored.values()]
+        plain = {jnp.dtype(d).name for d in dtypes if d is not None} <= {'float32', 'bfloat16'}
         if diagnostics or not plain or not facts.precondition or not fused.is_wanted(impl):
             return False
         axes = facts.chain_axes(facts.order or order)
@@ -174,11 +227,13 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
     ) -> tuple[jax.Array, leafwise.Fields]:
         # As they are stored: leafwise has made them wide, which the compiler takes back.
-        stored = stats_dtype or facts.compute_dtype
+        stored = facts.stored['nu']
         nu, *held = (x.astype(stored) for x in (state.nu, *state.offdiag[: band_of(facts)]))
         scalars = scalars_of(state, facts)
+        own_eps, means = eps_of(grad, state, facts)
+        batch = facts.shape[: facts.batch_axes]
         fields = [('nu', 0), *(('offdiag', k) for k in range(len(held)))]
-        drawn = fields if stochastic_rounding and jnp.dtype(stored) == jnp.bfloat16 else []
+        drawn = fields if stochastic_rounding and stored == jnp.bfloat16 else []
         seeds = [
             rounding.seeds(leafwise.rounding_key(facts.path, *field, state.count))
             for field in drawn
@@ -192,14 +247,14 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             relative=not checks.is_static_zero(more_eps),
             interpreted=impl == 'pallas',
         )
-        # One after the other under vmap, which would put a batch axis to the scalars.
-        run = jax.custom_batching.sequential_vmap(functools.partial(fused.one_pass, leaf))
+        run = _as_a_kernel(functools.partial(fused.one_pass, leaf))
         mu, nu, offdiag, direction, squares = run(
             grad.astype(facts.dtype),
-            state.mu.astype(mu_dtype or facts.dtype),
+            state.mu.astype(facts.stored['mu']),
             nu,
             tuple(held),
             jax.tree.map(jnp.asarray, scalars),
+            jnp.squeeze(own_eps, facts.axes) if means else jnp.full(batch, own_eps),
             jnp.stack(seeds) if seeds else jnp.zeros((0, 2), jnp.uint32),
         )
         if graft is not None:
@@ -208,7 +263,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             if graft not in ('adam', 'momentum'):
                 sizes[1] = grafting.norm(state.graft, facts.axes)
             direction = grafting.resize(direction, *sizes)
-        return direction, {'mu': mu, 'nu': nu, 'offdiag': _padded(offdiag, widest)}
+        return direction, {'mu': mu, 'nu': nu, 'offdiag': _padded(offdiag, widest), **means}
 
     def update_leaf(
         grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
@@ -220,8 +275,10 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         if not facts.precondition:
             mu = b1 * state.mu + (1 - b1) * grad
             nu, _ = diagonal.accumulate(grad, state.nu, (), b2=b2, axes=axes)
-            means = (scalars.mu_hat(mu, grad, nesterov), nu * scalars.nu_correction)
-            return grafting.adam_direction(*means), {'mu': mu, 'nu': nu}
+            both = (scalars.mu_hat(mu, grad, nesterov), nu * scalars.nu_correction)
+            return grafting.adam_direction(*both), {'mu': mu, 'nu': nu}
+        own_eps, means = eps_of(grad, state, facts)
+        scalars = scalars._replace(eps=own_eps)
         new = verbs.step(
             _KERNELS.get(bands, banded),
             *(grad, state.mu, state.nu, state.offdiag[:bands], scalars),
@@ -232,7 +289,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         if graft is not None:
             magnitude = grafting.magnitude(graft, new.mu_hat, new.nu_hat, state.graft)
             direction = grafting.rescale(direction, magnitude, facts.axes)
-        changed = {'mu': new.mu, 'nu': new.nu, 'offdiag': _padded(new.offdiag, widest)}
+        changed = {'mu': new.mu, 'nu': new.nu, 'offdiag': _padded(new.offdiag, widest), **means}
         if diagnostics:
             # An edge of weight zero is none; of the others the factors lack the dropped ones.
             pairs = zip(new.offdiag, new.psi, strict=True)
@@ -253,6 +310,9 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             how += ' where it may' if jax.device_count() > 1 else ''
         return f'{pattern}, {chains} x {facts.size}, order {facts.order or order}{how}'
 
+    def axes_of(facts: LeafLayout) -> dict[str, placement.Axes]:
+        return {'nu_mean': (*range(facts.batch_axes), *(None for _ in facts.axes))}
+
     return leafwise.leafwise(
         ScaleBySonewState,
         init_leaf,
@@ -263,6 +323,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         gathered={'dropped_edges': diagnostics},
         graft=grafting.transformation(graft, b2, layout),
         describe=describe,
+        axes=axes_of,
     )
 
 
@@ -270,13 +331,14 @@ def sonew(
     learning_rate: optax.ScalarOrSchedule,
     b1: Scalar = 0.9,
     b2: Scalar = 0.9,
-    eps: Scalar = 1e-4,
+    eps: Scalar = 1e-16,
     *,
+    mean_eps: Scalar | None = 0.1,
+    relative_eps: Scalar | None = None,
     nesterov: bool = False,
     band: int = 1,
     order: str = 'F',
     edge_tolerance: Scalar | None = None,
-    relative_eps: Scalar | None = None,
     graft: grafting.Graft = 'adam',
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
@@ -284,7 +346,7 @@ def sonew(
     layout: layout_lib.Layout = None,
     diagnostics: bool = False,
     impl: str = 'auto',
-    weight_decay: Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SONew: a sparse inverse of the gradients' second moment, at nearly Adam's cost.
@@ -298,30 +360,34 @@ def sonew(
       m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
       H_t &= \beta_2 H_{t-1} + (1 - \beta_2)\, \mathrm{band}(g_t g_t^T) \\
       X_t &= L D L^T \quad \text{with } \mathrm{band}(X_t^{-1}) = \mathrm{band}(\hat H_t)
-             + \epsilon I \\
+             + \epsilon_t I \\
       u_t &= X_t \hat m_t \\
       \theta_{t+1} &= \theta_t - \alpha_t \left( u_t \|w_t\| / \|u_t\|
              + \lambda \theta_t \right)
 
-    with bias-corrected :math:`\hat m, \hat H`; :math:`w` is the update of the grafting rule,
-    by default Adam's, leaf by leaf. A learning rate found for Adam carries over. Leaves with
-    one axis or none (biases, norms) get Adam's direction.
+    with bias-corrected :math:`\hat m, \hat H`; :math:`\epsilon_t` is ``eps``, ``mean_eps`` times
+    the mean of :math:`\hat H`'s diagonal, and what ``relative_eps`` adds; :math:`w` is the update
+    of the grafting rule, by default Adam's, leaf by leaf. A learning rate found for Adam carries
+    over. Leaves with one axis or none (biases, norms) get Adam's direction.
 
     While the gradients seen so far are few or nearly the same, :math:`H` is nearly singular
     and a few entries of a leaf can get most of its update: warm the learning rate up, or raise
-    ``eps`` or ``relative_eps``.
+    ``mean_eps``.
 
-    State beside the parameters: ``2 + band`` arrays of each preconditioned leaf's shape; Adam
-    has 2. ``precond_optax.plan`` lists it before anything is allocated.
+    State beside the parameters: ``2 + band`` arrays of each preconditioned leaf's shape, and a
+    number; Adam has 2. ``precond_optax.plan`` lists it before anything is allocated.
 
     Args:
       learning_rate: the step size, a number or a schedule.
       b1: decay of the mean of the gradients, in [0, 1).
       b2: decay of the second moment, in [0, 1).
-      eps: added to the diagonal, in units of squared gradients, >= 0. The default is the
-        autoencoder's, whose loss is a sum over 784 pixels; a loss c times as large wants an eps
-        c^2 times as large. Far above the squared gradients it leaves the mean of the gradients
-        as the direction.
+      eps: added to the diagonal, in units of squared gradients, >= 0. The default is the square of
+        Adam's, and counts where gradients vanish. Far above the squared gradients it leaves the
+        mean of the gradients as the direction.
+      mean_eps: added to the diagonal, in units of the mean of the second moment over the chain,
+        >= 0: a loss of another scale has the same direction. None: none.
+      relative_eps: the same, in units of the largest absolute row sum of the second moment of the
+        chain. None: none.
       nesterov: whether the mean of the gradients, in Adam's grafting too, looks one step ahead, as
         in ``optax.nadam``.
       band: off-diagonals kept, >= 0: 0 is the diagonal method, 1 the tridiagonal one, more the
@@ -334,8 +400,6 @@ def sonew(
       edge_tolerance: an edge of the chain whose Schur complement is not above this share of the
         diagonal is dropped, in [0, 1). None: 1e-7 for float32 statistics, 0.0078 for bfloat16,
         the rounding unit for others.
-      relative_eps: added to the diagonal, in units of the largest absolute row sum of the second
-        moment of the chain, >= 0. None: none.
       graft: where the size of the update comes from: 'adam', 'momentum', 'sgd',
         'rmsprop_normalized', any ``optax.GradientTransformation``, or None for SONew's own.
       mu_dtype: dtype in which the mean of the gradients is stored; None: the parameter's.
@@ -359,7 +423,7 @@ def sonew(
         guess, so it is XLA's as well where there is no mesh. In a ``shard_map`` or ``pmap`` all is
         XLA's. The results are the same to rounding. With 'pallas' CPUs interpret the TPU's kernel.
         An update cannot be differentiated through it.
-      weight_decay: decoupled, as in ``optax.adamw``, >= 0.
+      weight_decay: decoupled, as in ``optax.adamw``, >= 0, or a schedule.
       mask: which leaves decay, as in ``optax.adamw``.
 
     Returns:
@@ -392,11 +456,12 @@ def sonew(
         b1,
         b2,
         eps,
+        mean_eps=mean_eps,
+        relative_eps=relative_eps,
         nesterov=nesterov,
         band=band,
         order=order,
         edge_tolerance=edge_tolerance,
-        relative_eps=relative_eps,
         graft=graft,
         mu_dtype=mu_dtype,
         stats_dtype=stats_dtype,

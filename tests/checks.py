@@ -4,6 +4,7 @@ shows that each rejects a transformation broken on purpose.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -476,6 +477,26 @@ def wrong_leaves_are_named(case: Case):
             message = str(error)
         assert 'layer/kernel' in message, message or f'{dtype} was taken'
         assert dtype in message
+
+
+def wrong_gradients_are_named(case: Case):
+    if not case.real_only:
+        return
+    params = {'a': jnp.ones((3, 2)), 'b': {'c': jnp.ones(3)}}
+    tx = case.make()
+    state = tx.init(params)
+    for wrong, named in (
+        ({**params, 'a': jnp.ones((2, 3))}, r'a: .*\(2, 3\).*\(3, 2\)'),
+        ({'a': params['a']}, 'b/c is missing'),
+        ({**params, 'd': jnp.ones(2)}, 'd is not in the state'),
+        ({**params, 'b': {'c': None}}, 'b/c is missing'),
+    ):
+        message = 'taken'
+        try:
+            jax.eval_shape(tx.update, wrong, state, params)
+        except (ValueError, TypeError) as error:
+            message = str(error)
+        assert re.search(named, message), message
 
 
 def it_converges_on_matrices(case: Case):

@@ -110,7 +110,8 @@ def sonew_direction(
     *,
     b1: float = 0.9,
     b2: float = 0.9,
-    eps: float = 1e-4,
+    eps: float = 1e-16,
+    mean_eps: float = 0.1,
     band: int = 1,
     order: str = 'F',
     edge_tolerance: float = 1e-7,
@@ -123,6 +124,7 @@ def sonew_direction(
     if nesterov:
         t, grad = len(grads), line(grads[-1], order)
         mean = b1 * mean * (1 - b1**t) / (1 - b1 ** (t + 1)) + (1 - b1) / (1 - b1**t) * grad
+    eps = eps + mean_eps * np.mean(np.diag(second))
     h = damped(band_of(second, band), eps, relative_eps)
     u = (banded_inverse_with_drops(h, band, edge_tolerance) @ mean).reshape(
         np.shape(grads[0]), order=order

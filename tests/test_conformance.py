@@ -172,6 +172,7 @@ BROKEN = {
     'sharded_leaves_keep_their_sharding': broken(each(replicates)),
     'auto_sharded_leaves_give_the_same': broken(counts_its_traces),
     'wrong_leaves_are_named': dataclasses.replace(cases.ADAM, real_only=True),
+    'wrong_gradients_are_named': dataclasses.replace(cases.ADAM, real_only=True),
     'it_converges_on_matrices': broken(each(lambda u, g: -u)),
 }
 REJECTED_BY = {

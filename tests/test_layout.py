@@ -1,10 +1,15 @@
 """How a leaf is seen."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
-from precond_optax import LeafRule
+import precond_optax
+from precond_optax import LeafRule, leafwise
 from precond_optax import layout as layout_lib
 
 
@@ -138,3 +143,50 @@ BAD_RULES = [
 def test_bad_rule(keywords, message):
     with pytest.raises(ValueError, match=message):
         LeafRule(**keywords)
+
+
+def test_boxes_are_no_part_of_a_path():
+    class Box(NamedTuple):  # as a pytree like Flax's
+        value: Any
+
+    class Attention(NamedTuple):
+        query: Any
+        value: Any
+
+    tree = {'a': Box(1.0), 'b': Attention(1.0, 2.0), 'value': 3.0, 'c': {'value': 4.0}}
+    with_paths = jax.tree_util.tree_leaves_with_path(tree)
+    assert leafwise.paths_of(with_paths) == ['a', 'b/query', 'b/value', 'c/value', 'value']
+    (alone,) = leafwise.paths_of(jax.tree_util.tree_leaves_with_path(Box(1.0)))
+    assert alone == 'value'
+
+
+@pytest.mark.parametrize('layout', [{'kernel$': LeafRule(order='C')}, {'value': LeafRule(band=0)}])
+def test_rules_hold_under_nnx_s_optimizer(layout):
+    """Which hands boxes to ``init`` and arrays to ``update``."""
+    nnx = pytest.importorskip('flax.nnx')
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.value = nnx.Linear(4, 3, rngs=rngs)
+            self.other = nnx.Linear(3, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.other(nnx.tanh(self.value(x)))
+
+    def loss(model):
+        return jnp.mean((model(jnp.eye(4)) - 1) ** 2)
+
+    model, plain = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
+    tx = precond_optax.sonew(0.1, layout=layout)
+    assert not precond_optax.plan(tx, nnx.state(model, nnx.Param)).unmatched_rules
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    params = nnx.to_pure_dict(nnx.state(plain, nnx.Param))
+    state = tx.init(params)
+    for _ in range(2):
+        optimizer.update(model, nnx.grad(loss)(model))
+        grads = nnx.to_pure_dict(nnx.grad(loss)(plain))
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        nnx.update(plain, params)
+    got = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, params)

@@ -32,8 +32,8 @@ def test_bytes_are_those_of_the_state(band, graft):
     assert table.adam_bytes + 4 == real_bytes(optax.adam(1e-3), PARAMS)
     kernel = next(leaf for leaf in table.leaves if leaf.path == 'layers/kernel')
     entries = 12 * 64 * 32
-    # mu in bfloat16; nu, the off-diagonals and the graft's mean in float32
-    assert kernel.state_bytes == entries * (2 + 4 * (1 + band + (graft != 'adam')))
+    # mu in bfloat16; nu, the off-diagonals and the graft's mean in float32, and nu's of each layer
+    assert kernel.state_bytes == entries * (2 + 4 * (1 + band + (graft != 'adam'))) + 4 * 12
 
 
 def test_treatment_and_reason():
@@ -72,8 +72,10 @@ def test_all_rules_are_shown():
     }
     entries = {path: jnp.prod(jnp.array(x.shape)).item() for path, x in params.items()}
     arrays = {'embedding': 2, 'mlp': 6, 'query': 2, 'tiny': 3}
+    chains = {'embedding': 0, 'mlp': 12, 'query': 1, 'tiny': 1}
     for leaf in table.leaves:
-        assert leaf.state_bytes == 4 * arrays[leaf.path] * entries[leaf.path]
+        numbers = arrays[leaf.path] * entries[leaf.path] + chains[leaf.path]
+        assert leaf.state_bytes == 4 * numbers
 
 
 def test_inside_wrappers():
@@ -109,7 +111,7 @@ def test_a_memory_belongs_to_its_parameter():
 
 def test_shared_bytes_when_parameters_are_one_array():
     table = precond_optax.plan(precond_optax.sonew(1e-3), jnp.zeros((3, 2)))
-    assert (table.leaves[0].state_bytes, table.shared_bytes) == (3 * 24, 4)
+    assert (table.leaves[0].state_bytes, table.shared_bytes) == (3 * 24 + 4, 4)
     assert table.leaves[0].path == '(root)'
 
 
@@ -130,6 +132,17 @@ def test_rules_that_match_nothing_are_named():
 def test_state_with_random_keys():
     tx = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), precond_optax.sonew(1e-3))
     assert precond_optax.plan(tx, {'k': jnp.zeros((3, 2))}).shared_bytes == 8 + 4 + 4
+
+
+def test_what_a_wrapper_makes_of_leaves_is_listed_too():
+    tx = optax.flatten(precond_optax.sonew(1e-3))
+    params = {'w': jnp.ones((2, 3))}
+    table = precond_optax.plan(tx, params)
+    assert [(leaf.path, leaf.treatment) for leaf in table.leaves] == [
+        ('w', 'not ours'),
+        ('(root)', 'Adam direction'),
+    ]
+    assert table.state_bytes == real_bytes(tx, params)
 
 
 def test_asking_twice_gives_the_same_plan():

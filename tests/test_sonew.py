@@ -123,10 +123,38 @@ def test_relative_eps_and_edge_tolerance_reach_the_kernel(rng):
         assert not np.allclose(updates, oracles.sonew_direction(grads, eps=1e-2), rtol=1e-2)
 
 
+def test_mean_eps_is_in_units_of_the_mean(rng):
+    grads = [rng.normal(size=(4, 3)) * np.geomspace(0.1, 10, 12).reshape(4, 3) for _ in range(5)]
+    arrays = [jnp.asarray(g, 'float32') for g in grads]
+    directions_of = {}
+    for mean_eps in (None, 0.01, 0.5):
+        tx = precond_optax.scale_by_sonew(eps=1e-2, mean_eps=mean_eps, b2=0.8)
+        updates, state = directions(tx, arrays)
+        expected = oracles.sonew_direction(grads, eps=1e-2, mean_eps=mean_eps or 0.0, b2=0.8)
+        np.testing.assert_allclose(updates, expected, rtol=2e-3, atol=1e-4)
+        directions_of[mean_eps] = updates
+        if mean_eps is None:
+            assert state.nu_mean == optax.MaskedNode()
+        else:
+            np.testing.assert_allclose(state.nu_mean, np.mean(state.nu, keepdims=True), rtol=1e-5)
+    assert not np.allclose(directions_of[None], directions_of[0.5], rtol=0.1)
+    assert not np.allclose(directions_of[0.01], directions_of[0.5], rtol=0.1)
+
+
+@pytest.mark.parametrize('scale', [1e-5, 1e5])
+def test_the_default_damping_has_no_scale(rng, scale):
+    grads = [jnp.asarray(rng.normal(size=(6, 5)), 'float32') for _ in range(6)]
+    tx = precond_optax.scale_by_sonew()
+    expected, _ = directions(tx, grads)
+    got, _ = directions(tx, [scale * g for g in grads])
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_dropped_edges_are_counted(rng):
     one = jnp.asarray(rng.normal(size=(4, 3)), 'float32')
     params = {'bias': jnp.zeros(3), 'copies': one, 'random': one}
-    tx = precond_optax.scale_by_sonew(band=2, eps=0.0, edge_tolerance=1e-5, diagnostics=True)
+    undamped = dict(eps=0.0, mean_eps=None, edge_tolerance=1e-5)
+    tx = precond_optax.scale_by_sonew(band=2, **undamped, diagnostics=True)
     state = tx.init(params)
     assert state.dropped_edges.tolist() == [0, 0, 0]
     for _ in range(10):
@@ -269,6 +297,16 @@ def test_stored_dtypes():
         assert state.mu['kernel'].dtype == 'float32'
         for stats in (state.nu['kernel'], state.nu['bias'], state.offdiag[0]['kernel']):
             assert stats.dtype == 'bfloat16'
+
+
+def test_weight_decay_may_be_a_schedule():
+    params = {'w': jnp.ones((3, 2))}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    tx = precond_optax.sonew(0.1, weight_decay=lambda step: 0.5 / (1 + step))
+    state = tx.init(params)
+    for expected in (-0.05, -0.025):
+        updates, state = tx.update(zeros, state, params)
+        np.testing.assert_allclose(updates['w'], expected, rtol=1e-6)
 
 
 def test_weight_decay_is_decoupled_and_masked(rng):

@@ -138,6 +138,46 @@ def test_bfloat16_in_one_pass_is_xlas_bit_by_bit(keywords, dtype, rng):
     assert_bits(got, expected)
 
 
+@pytest.mark.parametrize('order', ['F', 'C'])
+def test_the_mean_keeps_its_dtype_under_gradients_of_another(order, rng):
+    """Of float32 parameters and bfloat16 gradients it is float32, and so goes into the kernel."""
+    ours, theirs = sonew('pallas', order=order), sonew('xla', order=order)
+    states = [tx.init(PARAMS) for tx in (ours, theirs)]
+    like = optax.tree.cast(PARAMS, jnp.bfloat16)
+    for _ in range(4):
+        grads = gradients(rng, like)
+        got, states[0] = jax.jit(ours.update)(grads, states[0])
+        expected, states[1] = jax.jit(theirs.update)(grads, states[1])
+    assert_same(states[0], states[1])
+    # In bfloat16 a rounding to another side is 2**-8 of a number.
+    wide = [optax.tree.cast(x, jnp.float32) for x in (got, expected)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-6, atol=1e-4), *wide)
+
+
+def test_wide_statistics_under_narrow_gradients_are_xlas(rng):
+    with jax.enable_x64(True):
+        params = optax.tree.cast(PARAMS, jnp.float64)
+        ours, theirs = sonew('pallas'), sonew('xla')
+        grads = gradients(rng)
+        got, state = ours.update(grads, ours.init(params))
+        expected, _ = theirs.update(grads, theirs.init(params))
+        assert state[0].nu['kernel'].dtype == jnp.float64
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_what_the_kernel_cannot_do_is_said(rng):
+    params = jnp.zeros((64, 256))
+    tx = precond_optax.sonew(0.1, impl='pallas')
+    state = tx.init(params)
+    with pytest.raises(NotImplementedError, match=r"cannot be differentiated .*impl='xla'"):
+        jax.grad(lambda g: jnp.sum(tx.update(g, state)[0]))(params)
+    mesh = jax.make_mesh((2,), ('x',), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        grads = jax.device_put(gradients(rng, jnp.zeros((2, 64, 256))), P('x'))
+        with pytest.raises(NotImplementedError, match='vmap whose axis the mesh shares out'):
+            jax.jit(jax.vmap(lambda g: tx.update(g, tx.init(params))[0]))(grads)
+
+
 @pytest.fixture
 def for_gpus(monkeypatch):
     """Traces are for GPUs, whose kernel this machine interprets."""
@@ -620,7 +660,8 @@ def test_auto_on_another_backend_of_a_tpu_s_host_is_no_interpreter(monkeypatch, 
 )
 def test_each_block_is_fetched_once(shape, band, order, monkeypatch):
     """As the counts of a kernel's traffic take for granted, or say: those that say what it is."""
-    monkeypatch.setattr(cuts, '_TILE_BYTES', 2**16)  # several tiles
+    monkeypatch.setattr(cuts, '_TILE_ENTRIES', 2**16)  # several tiles
+    monkeypatch.setattr(cuts, '_FEWEST_ROWS', 8)
     calls = []
     real = pallas.pallas_call
 

@@ -179,7 +179,8 @@ def test_one_pass_over_memory(topology, shape, order, band, more):
     """Arrays g m d e read and m d e u written, u and p read and p written; a few rows twice."""
     pytest.importorskip('libtpu')
     layout = {'': precond_optax.LeafRule(batch_axes=int(len(shape) > 2))}
-    tx = precond_optax.sonew(1e-3, band=band, impl='pallas', layout=layout, order=order)
+    keywords = dict(mean_eps=None, band=band, impl='pallas', layout=layout, order=order)
+    tx = precond_optax.sonew(1e-3, **keywords)
     leaf = tpu_compile.one_leaf(shape, topology)
     facts = tpu_compile.measure(tx, leaf)
     traffic, temporary = facts.traffic / leaf.size, facts.temporary / leaf.size
@@ -188,6 +189,51 @@ def test_one_pass_over_memory(topology, shape, order, band, more):
     print(f'{what}: {traffic:.2f} ({least}), temporary {temporary:.2f}')
     assert least <= traffic <= more * least
     assert temporary <= (5.5 if band < 4 else 20)
+
+
+@pytest.mark.parametrize(
+    ('order', 'dtype'), [('F', 'float32'), ('C', 'float32'), ('F', 'bfloat16')]
+)
+def test_a_mean_of_squares_reads_the_gradient_once_more(order, dtype):
+    pytest.importorskip('libtpu')
+    leaf = tpu_compile.one_leaf((8192, 8192), 'v5e:2x2')
+    leaf = leaf.update(dtype=jnp.dtype(dtype))
+    with_mean, without = (
+        tpu_compile.measure(
+            precond_optax.sonew(1e-3, mean_eps=mean_eps, order=order, impl='pallas'), leaf
+        )
+        for mean_eps in (0.1, None)
+    )
+    more = (with_mean.traffic - without.traffic) / leaf.size
+    print(f'order {order}, {dtype}: {with_mean.traffic / leaf.size:.2f}, {more:.2f} of it more')
+    assert more == pytest.approx(leaf.dtype.itemsize, rel=0.01)
+    assert with_mean.temporary < 1.01 * without.temporary
+
+
+@pytest.mark.parametrize(
+    ('shape', 'order'),
+    [((5120, 9), 'F'), ((10_240, 9), 'F'), ((9, 5120), 'C'), ((1000, 13), 'C'), ((40, 130), 'F')],
+)
+@pytest.mark.parametrize('relative_eps', [None, 1e-4])
+def test_odd_leaves_compile(shape, order, relative_eps):
+    """Rows that are no multiple of eight take as much room as those that are."""
+    pytest.importorskip('libtpu')
+    tx = precond_optax.sonew(1e-3, band=8, relative_eps=relative_eps, order=order, impl='pallas')
+    tpu_compile.measure(tx, tpu_compile.one_leaf(shape, 'v5e:2x2'))
+
+
+@pytest.mark.parametrize(
+    ('shape', 'order'), [((256, 256), 'F'), ((256, 256), 'C'), ((64, 16, 128), 'F')]
+)
+def test_with_64_bits_enabled(shape, order):
+    pytest.importorskip('libtpu')
+    leaf = tpu_compile.one_leaf(shape, 'v5e:2x2')
+    low = dict(mu_dtype='bfloat16', stats_dtype='bfloat16', relative_eps=1e-4)
+    with jax.enable_x64(True):
+        for keywords in ({}, low):
+            tx = precond_optax.sonew(1e-3, order=order, impl='pallas', **keywords)
+            facts = tpu_compile.measure(tx, leaf)
+            assert facts.traffic / leaf.size < 100  # XLA's is 169
 
 
 @pytest.mark.parametrize(
@@ -203,7 +249,7 @@ def test_one_pass_where_it_costs_more(shape, order, band, traffic, temporary):
     pytest.importorskip('libtpu')
     layout = {'': precond_optax.LeafRule(batch_axes=int(len(shape) == 4))}
     leaf = tpu_compile.one_leaf(shape, 'v5e:2x2')
-    keywords = dict(band=band, layout=layout, order=order)
+    keywords = dict(mean_eps=None, band=band, layout=layout, order=order)
     kernel, xla = (
         tpu_compile.measure(precond_optax.sonew(1e-3, impl=impl, **keywords), leaf)
         for impl in ('pallas', 'xla')
@@ -231,7 +277,7 @@ def test_one_pass_after_one_for_relative_damping(shape, order, band, more):
     """Which reads g, d and e, and writes next to nothing."""
     pytest.importorskip('libtpu')
     layout = {'': precond_optax.LeafRule(batch_axes=len(shape) - 2)}
-    keywords = dict(band=band, relative_eps=1e-4, layout=layout, order=order)
+    keywords = dict(mean_eps=None, band=band, relative_eps=1e-4, layout=layout, order=order)
     leaf = tpu_compile.one_leaf(shape, 'v5e:2x2')
     kernel, xla = (
         tpu_compile.measure(precond_optax.sonew(1e-3, impl=impl, **keywords), leaf)
@@ -260,7 +306,7 @@ def test_one_pass_over_bfloat16_state(shape, order, band, more):
     """Each array of the state is read and written in two bytes, rounded on the way."""
     pytest.importorskip('libtpu')
     layout = {'': precond_optax.LeafRule(batch_axes=int(len(shape) > 2))}
-    low = dict(mu_dtype='bfloat16', stats_dtype='bfloat16', order=order)
+    low = dict(mean_eps=None, mu_dtype='bfloat16', stats_dtype='bfloat16', order=order)
     tx = precond_optax.sonew(1e-3, band=band, impl='pallas', layout=layout, **low)
     leaf = tpu_compile.one_leaf(shape, 'v5e:2x2')
     facts = tpu_compile.measure(tx, leaf)

@@ -10,7 +10,10 @@ def get_config() -> config_dict.ConfigDict:
             learning_rate=3e-3,
             b1=0.9,
             b2=0.9,
+            # What serves the autoencoder, without the library's default for any loss, which is
+            # eps=1e-16 and mean_eps=0.1.
             eps=1e-4,
+            mean_eps=config_dict.placeholder(float),
             nesterov=False,
             band=1,
             order='F',

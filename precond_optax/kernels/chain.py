@@ -28,7 +28,7 @@ from precond_optax import placement
 
 
 class Tile(NamedTuple):
-    """In place of ``axes``, the rows of a tile that has some to spare at both ends.
+    """In place of ``axes``, those of a tile that has some more rows or columns at its ends.
 
     Attributes:
       roll: of a tile and a number of rows, the tile rolled on by them; as ``jnp.roll`` on axis 0.

@@ -19,10 +19,11 @@ from precond_optax.kernels import chain
 
 SUBLANES, LANES = 8, 128  # of a TPU's tile: of the last two axes
 MAX_BAND = SUBLANES
-# Of one array. The kernel holds each of some ten twice, and temporaries, in 16 MB.
-_TILE_BYTES = 2**18
+# Of all 3 + band arrays of a tile. The kernel holds each twice, and temporaries, in 16 MB.
+_TILE_ENTRIES = 2**18
 PARALLEL: Final = 'parallel'  # no step of a grid waits for another
 _FEWEST = 4 * LANES  # columns of a part of a row: what is beside it moves too
+_FEWEST_ROWS = 4 * SUBLANES  # likewise
 
 
 class Fold(NamedTuple):
@@ -418,8 +419,9 @@ def cut(shape: Sequence[int], batch_axes: int, axes: Sequence[int], band: int) -
     """How the kernel would cut a leaf; None if it cannot.
 
     It can where the leaf has two or three axes, of which the chain runs along the first one first
-    or along the one that a TPU holds last; where tiles of eight rows or more, or of 128 columns or
-    a multiple, divide that axis; and where a TPU holds the others without much padding.
+    or along the one that a TPU holds last; where tiles of 32 rows or more, or of a multiple of 128
+    columns, 512 or more, divide that axis, or it is one of eight rows or more; and where a TPU
+    holds the others without much padding. XLA's step of what is left costs less, or not much more.
 
     Args:
       shape: of the leaf.
@@ -441,11 +443,12 @@ def cut(shape: Sequence[int], batch_axes: int, axes: Sequence[int], band: int) -
     if band > MAX_BAND or len(own) not in (2, 3) or 0 in shape:
         return None
     # The more arrays there are, the less room has each.
-    most = _TILE_BYTES // (3 + max(1, band))
+    most = _TILE_ENTRIES // (3 + max(1, band))
     batch, ours = math.prod(shape[:batch_axes]), [axis - batch_axes for axis in axes]
     order = held(own)
     across = _across(batch, own, order, ours, band, most) if ours[0] == order[-1] else None
-    if across is not None or ours[0] != 0:
+    # A diagonal has no chain for which to turn a leaf round.
+    if across is not None or ours[0] != 0 or (band == 0 and order[-1] == 0):
         return across
     return _down(batch, own, ours, band, most)
 
@@ -476,7 +479,8 @@ def _down(
     # Single rows cut out of many tiles take XLA more than two do.
     unit, halo = (SUBLANES, SUBLANES) if flat else (1, max(2, band))
     most //= LANES * SUBLANES ** (len(tiled) - 1)
-    sizes = (rows, *range(most // unit * unit, SUBLANES - 1, -unit))
+    fewest = min(rows, _FEWEST_ROWS) if flat else SUBLANES
+    sizes = (rows, *range(most // unit * unit, fewest - 1, -unit))
     tile = next((size for size in sizes if SUBLANES <= size <= most and rows % size == 0), None)
     if tile is None:
         return None
@@ -501,11 +505,11 @@ def _across(
     columns = next(width for width in widths if width * SUBLANES <= most or width == LANES)
     if columns < min(length, _FEWEST):
         return None
-    room = most // columns
-    if rows > room:
+    room, whole = most // columns, -(-rows // SUBLANES) * SUBLANES
+    if whole > room:
         tile = (1, room // SUBLANES * SUBLANES, columns)
     else:
-        fits = (n for n in range(room // rows, 0, -1) if planes % n == 0)
-        tile = (next(fits), -(-rows // SUBLANES) * SUBLANES, columns)
+        fits = (n for n in range(room // whole, 0, -1) if planes % n == 0)
+        tile = (next(fits), whole, columns)
     seen = tuple(tuple(order).index(axis) for axis in axes)
     return Across(batch, tuple(order), sizes, seen, planes, rows, tile, band)

@@ -19,6 +19,8 @@ from jax import lax
 from precond_optax import placement
 from precond_optax.kernels import chain, diagonal, rounding, strips, tiles, verbs
 
+_GPUS = ('cuda', 'rocm')
+
 
 def is_wanted(impl: str) -> bool:
     """Whether leaves that can are to go through the kernel, by what a trace is for."""
@@ -27,7 +29,7 @@ def is_wanted(impl: str) -> bool:
 
 def _kernel() -> ModuleType:
     """What a leaf goes through, by what a trace is for; interpreted elsewhere, the TPU's."""
-    return strips if placement.platform() in ('cuda', 'gpu') else tiles
+    return strips if placement.platform() in (*_GPUS, 'gpu') else tiles
 
 
 def is_taken(shape: Sequence[int], batch_axes: int, axes: Sequence[int], band: int) -> bool:
@@ -86,7 +88,7 @@ def _on_a_device(
     Returns:
       As `one_pass`, in one tuple.
     """
-    *arrays, scalars, seeds = args
+    *arrays, scalars, eps, seeds = args
     grad, batch = arrays[0], arrays[0].shape[: leaf.batch_axes]
     s = verbs.Scalars(*(scalars[i] for i in range(len(verbs.Scalars._fields))))
     shards = chain.Shards(leaf.axes, tuple(names))
@@ -96,19 +98,19 @@ def _on_a_device(
         """Of each chain, (batch,), by the largest row sums of its part here."""
         if shards.cuts:
             largest = lax.pmax(largest, shards.cuts)
-        return s.eps + s.relative_eps * s.nu_correction * largest
+        return eps + s.relative_eps * s.nu_correction * largest.reshape(eps.shape)
 
     def by_kernel(
         kernel: ModuleType, part: Any, interpret: bool, *arrays: jax.Array
     ) -> tuple[jax.Array, ...]:
         grad, mu, nu, *offdiag = arrays
-        numbers = tiles.Numbers(s, jnp.full(part.batch, s.eps), noise)
+        numbers = tiles.Numbers(s, eps.ravel(), noise)
         edges, inside = tuple(offdiag), shards.names[leaf.batch_axes :]
         if leaf.relative:
             largest = kernel.largest_row_sums(
                 leaf.pattern, part, grad, nu, edges, numbers, names=inside, interpret=interpret
             )
-            numbers = numbers._replace(eps=damping(largest))
+            numbers = numbers._replace(eps=damping(largest).ravel())
         mu, nu, edges, *rest = kernel.step(
             leaf.pattern,
             part,
@@ -122,11 +124,12 @@ def _on_a_device(
 
     def by_verbs(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         grad, mu, nu, *offdiag = (x.astype(jnp.float32) for x in arrays)
-        own, numbers = tuple(range(len(batch), grad.ndim)), s._replace(relative_eps=0.0)
+        own, damped = tuple(range(len(batch), grad.ndim)), eps
         if leaf.relative:
             diag, edges = leaf.pattern.accumulate(grad, nu, tuple(offdiag), b2=s.b2, axes=shards)
             largest = jnp.max(diagonal.row_sums(diag, edges, shards), axis=own)
-            numbers = numbers._replace(eps=jnp.expand_dims(damping(largest), own))
+            damped = damping(largest)
+        numbers = s._replace(eps=jnp.expand_dims(damped, own), relative_eps=0.0)
         statistics = mu, nu, tuple(offdiag)
         new = verbs.step(
             leaf.pattern, grad, *statistics, numbers, nesterov=leaf.nesterov, axes=shards
@@ -141,7 +144,8 @@ def _on_a_device(
         return by_verbs if part is None else functools.partial(by_kernel, kernel, part, interpret)
 
     kernel = _kernel()
-    compiled = {'cuda' if kernel is strips else 'tpu': by(kernel, interpret=False)}
+    platforms = _GPUS if kernel is strips else ('tpu',)
+    compiled = dict.fromkeys(platforms, by(kernel, interpret=False))
     elsewhere = by(kernel, interpret=True) if leaf.interpreted else by_verbs
     results = lax.platform_dependent(*arrays, **compiled, default=elsewhere)
     *held, squares = results
@@ -174,6 +178,7 @@ def one_pass(
     nu: jax.Array,
     offdiag: tuple[jax.Array, ...],
     scalars: verbs.Scalars,
+    eps: jax.Array,
     seeds: jax.Array,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array, jax.Array]:
     """A step of a leaf, of which `placement.has_known_parts`.
@@ -185,6 +190,7 @@ def one_pass(
       nu: d.
       offdiag: e, one array for each off-diagonal.
       scalars: decays, corrections, damping.
+      eps: of each chain, (batch axes...), in place of theirs.
       seeds: of the rounding of d and each e, (1 + band, 2); (0, 2): to nearest.
 
     Returns:
@@ -193,6 +199,7 @@ def one_pass(
     """
     stacked = jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])
     arrays, ahead = [grad, mu, nu, *offdiag], leaf.batch_axes
+    chains = placement.Follower(grad.shape[:ahead], tuple(range(ahead)))
     squares = placement.Follower((*grad.shape[:ahead], 2), (*range(ahead), None))
     mu, nu, *held, direction, sums = placement.on_each_part(
         functools.partial(_on_a_device, leaf, grad.shape),
@@ -200,6 +207,7 @@ def one_pass(
         [*[placement.like(grad)] * len(arrays), squares],
         *[(x, placement.like(grad)) for x in arrays],
         (stacked, placement.Follower(stacked.shape, (None,))),
+        (eps.astype(jnp.float32), chains),
         (seeds, placement.Follower(seeds.shape, (None, None))),
     )
     return mu, nu, tuple(held), direction, sums

@@ -166,8 +166,8 @@ def _in_strips(
       arrays: of the leaf's shape.
       names: as in `tiles.step`.
       written: dtypes of the results that are written: all but the last of ``made``, and of these
-        all but the last where the arrays after the first were. None: only one is made, and of it
-        the largest of each column.
+        all but the last where the arrays after the first were. None are: only one is
+        made, and of it the largest of each column.
       interpret: whether JAX runs the kernel step by step, on any backend.
 
     Returns:

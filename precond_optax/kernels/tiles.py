@@ -78,8 +78,8 @@ def step(
       numbers: decays, corrections, damping; how d and e are rounded.
       adam_eps: w is Adam's direction with this epsilon; None: the bias-corrected m.
       nesterov: as in `verbs.step`.
-      names: in a manual region, the axes of the mesh that share out the rows, and each axis of
-        the rest.
+      names: in a manual region, the axes of the mesh that share out each axis of the leaf but
+        batch axes.
       interpret: True: JAX runs the kernel step by step, on any backend; also ``pallas_call``'s
         ``InterpretParams``, with a TPU's memory.
 
@@ -193,25 +193,27 @@ def _in_tiles(
     given = [jnp.stack([jnp.asarray(x, wide) for x in numbers.scalars]), numbers.eps]
     if numbers.noise is not None:
         given += [numbers.noise.seeds, numbers.noise.starts]
-    *results, parts = pl.pallas_call(
-        kernel,
-        grid=blocks.grid,
-        in_specs=[
-            *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(given),
-            *[blocks.own] * len(seen),
-            *blocks.borders,
-        ],
-        out_specs=[*[blocks.own] * len(written), blocks.sums],
-        out_shape=[
-            *(jax.ShapeDtypeStruct(seen[0].shape, dtype) for dtype in written),
-            jax.ShapeDtypeStruct(blocks.shape, wide),
-        ],
-        input_output_aliases={len(given) + 1 + i: i for i in range(len(written) - 1)},
-        interpret=interpret,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=[cuts.PARALLEL] * len(blocks.grid)
-        ),
-    )(*given, *seen, *borders)
+    # Mosaic's rotations and index maps want 32 bits.
+    with jax.enable_x64(False):
+        *results, parts = pl.pallas_call(
+            kernel,
+            grid=blocks.grid,
+            in_specs=[
+                *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(given),
+                *[blocks.own] * len(seen),
+                *blocks.borders,
+            ],
+            out_specs=[*[blocks.own] * len(written), blocks.sums],
+            out_shape=[
+                *(jax.ShapeDtypeStruct(seen[0].shape, dtype) for dtype in written),
+                jax.ShapeDtypeStruct(blocks.shape, wide),
+            ],
+            input_output_aliases={len(given) + 1 + i: i for i in range(len(written) - 1)},
+            interpret=interpret,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=[cuts.PARALLEL] * len(blocks.grid)
+            ),
+        )(*given, *seen, *borders)
     others = [axis for axis in range(1, parts.ndim) if axis != blocks.axis]
     folded = fold.along(parts, axis=tuple(others))
     return [*(leaf.result(x, shape) for x in results), folded]

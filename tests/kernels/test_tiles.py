@@ -1,5 +1,7 @@
 """The kernels against the verbs that they fuse, interpreted; `cut` says what they take."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ CASES = [
     ((22, 129), 0, (0, 1), 2),  # rows that are no multiple of eight
     ((96, 256), 0, (0, 1), 4),
     ((96, 128), 0, (0, 1), 8),
-    ((96, 130), 0, (0, 1), 0),
+    ((96, 200), 0, (0, 1), 0),
     ((2, 96, 130), 1, (1, 2), 1),
     ((2, 3, 48, 128), 2, (2, 3), 3),
     ((160, 16, 130), 0, (0, 1, 2), 1),  # heads
@@ -59,10 +61,11 @@ def small_tiles(monkeypatch):
     """Of 8 to 32 rows, or of few columns, so that small leaves have several."""
     real = tiles.cut
     monkeypatch.setattr(cuts, '_FEWEST', 128)
+    monkeypatch.setattr(cuts, '_FEWEST_ROWS', 8)
 
     def cut(shape, batch_axes, axes, band):
         heads = len(shape) - batch_axes == 3
-        monkeypatch.setattr(cuts, '_TILE_BYTES', 2**17 if heads else 2**14)
+        monkeypatch.setattr(cuts, '_TILE_ENTRIES', 2**17 if heads else 2**14)
         return real(shape, batch_axes, axes, band)
 
     monkeypatch.setattr(tiles, 'cut', cut)
@@ -78,6 +81,24 @@ def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
     got = tiles.step(pattern, leaf, *given, numbers(leaf.batch), **how, interpret=True)
     s = scalars(shape, batch_axes)
     assert_near(got, by_verbs(pattern, axes, batch_axes, *given, s, **how))
+
+
+@pytest.mark.parametrize('rows', [8, 9, 13, 15, 16, 17, 100, 1000])
+@pytest.mark.parametrize('band', [0, 1, 4, 8])
+def test_tiles_have_room(rows, band):
+    """Padded to what a TPU holds them in."""
+    for shape, axes in (
+        ((rows, 5120), (1, 0)),
+        ((5120, rows), (0, 1)),
+        ((4, rows, 1024), (2, 1, 0)),
+        ((1024, rows, 256), (0, 1, 2)),
+    ):
+        leaf = cuts.cut(shape, 0, axes, band)
+        if leaf is not None:
+            down = isinstance(leaf, cuts.Down)
+            heads = cuts.SUBLANES if down and len(leaf.tiled) == 2 else 1
+            tile = (leaf.tile, heads, cuts.LANES) if down else leaf.tile
+            assert math.prod(tile) * (3 + max(1, band)) <= 2**18, (shape, leaf)
 
 
 @pytest.mark.parametrize(('shape', 'batch_axes', 'axes', 'band'), CASES + ACROSS)
