@@ -95,7 +95,7 @@ def _muon(layout: Layout) -> optax.GradientTransformation:
     return optax.contrib.muon(1e-3, muon_weight_dimension_numbers=dimensions)
 
 
-# Without the one more reading of the gradients; its own row tells what that costs.
+# Without the mean, which is another pass that reads; its own row tells what that costs.
 _sonew = functools.partial(_ours, precond_optax.sonew, mean_eps=None)
 _shared = functools.partial(_ours, precond_optax.shared_basis)
 _mbag = functools.partial(_ours, precond_optax.mbag)

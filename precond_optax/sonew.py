@@ -31,9 +31,6 @@ class ScaleBySonewState(NamedTuple):
     # `band` trees like the parameters, of stats_dtype: tree k holds the mean of g_j g_{j+k+1};
     # optax.MaskedNode() where a leaf is no chain or has fewer bands.
     offdiag: tuple[optax.Updates, ...]
-    # like the parameters with one entry for each chain: the mean of nu over it; MaskedNode() where
-    # a leaf is no chain, or mean_eps is None
-    nu_mean: Any
     graft: optax.OptState  # the grafting rule's own state, if it has any
     # shape=(leaves,), dtype=float32: edges of each leaf dropped in the last step; with
     # diagnostics=False optax.MaskedNode()
@@ -178,30 +175,20 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             'mu': jnp.zeros_like(leaf, dtype=mu_dtype or facts.dtype),
             'nu': held[0],
             'offdiag': _padded(held[1:], widest),
-            'nu_mean': nu_mean(leaf, facts),
         }
-
-    def nu_mean(leaf: Any, facts: LeafLayout) -> Any:
-        if mean_eps is None or not facts.precondition:
-            return optax.MaskedNode()
-        shape = tuple(1 if axis in facts.axes else n for axis, n in enumerate(facts.shape))
-        return placement.zeros(leaf, shape, facts.compute_dtype, axes_of(facts)['nu_mean'])
 
     def tolerance(facts: LeafLayout) -> Scalar:
         if edge_tolerance is not None:
             return edge_tolerance
         return _edge_tolerance(jnp.dtype(stats_dtype or facts.compute_dtype))
 
-    def eps_of(
-        grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
-    ) -> tuple[Scalar, leafwise.Fields]:
-        """What is added to the diagonal of each chain, like nu_mean or a number; and the mean."""
+    def eps_of(grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout) -> Scalar:
+        """What is added to the diagonal: a number, or one for each chain, its axes of size 1."""
         if mean_eps is None:
-            return eps, {}
-        # The mean goes on as what it is of, which reads the gradient in place of all statistics.
-        square = jnp.sum(grad * grad, axis=facts.axes, keepdims=True) * (1 / facts.size)
-        mean = b2 * state.nu_mean + (1 - b2) * square
-        return eps + mean_eps / (1 - b2**state.count) * mean, {'nu_mean': mean}
+            return eps
+        nu, _ = diagonal.accumulate(grad, state.nu, (), b2=b2, axes=facts.axes)
+        mean = jnp.sum(nu, axis=facts.axes, keepdims=True) * (1 / facts.size)
+        return eps + mean_eps / (1 - b2**state.count) * mean
 
     def scalars_of(state: ScaleBySonewState, facts: LeafLayout) -> verbs.Scalars:
         mu_correction, nu_correction = 1 / (1 - b1**state.count), 1 / (1 - b2**state.count)
@@ -230,7 +217,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         stored = facts.stored['nu']
         nu, *held = (x.astype(stored) for x in (state.nu, *state.offdiag[: band_of(facts)]))
         scalars = scalars_of(state, facts)
-        own_eps, means = eps_of(grad, state, facts)
+        own_eps = eps_of(grad, state, facts)
         batch = facts.shape[: facts.batch_axes]
         fields = [('nu', 0), *(('offdiag', k) for k in range(len(held)))]
         drawn = fields if stochastic_rounding and stored == jnp.bfloat16 else []
@@ -254,7 +241,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             nu,
             tuple(held),
             jax.tree.map(jnp.asarray, scalars),
-            jnp.squeeze(own_eps, facts.axes) if means else jnp.full(batch, own_eps),
+            jnp.full(batch, own_eps) if mean_eps is None else jnp.squeeze(own_eps, facts.axes),
             jnp.stack(seeds) if seeds else jnp.zeros((0, 2), jnp.uint32),
         )
         if graft is not None:
@@ -263,7 +250,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             if graft not in ('adam', 'momentum'):
                 sizes[1] = grafting.norm(state.graft, facts.axes)
             direction = grafting.resize(direction, *sizes)
-        return direction, {'mu': mu, 'nu': nu, 'offdiag': _padded(offdiag, widest), **means}
+        return direction, {'mu': mu, 'nu': nu, 'offdiag': _padded(offdiag, widest)}
 
     def update_leaf(
         grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
@@ -277,8 +264,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             nu, _ = diagonal.accumulate(grad, state.nu, (), b2=b2, axes=axes)
             both = (scalars.mu_hat(mu, grad, nesterov), nu * scalars.nu_correction)
             return grafting.adam_direction(*both), {'mu': mu, 'nu': nu}
-        own_eps, means = eps_of(grad, state, facts)
-        scalars = scalars._replace(eps=own_eps)
+        scalars = scalars._replace(eps=eps_of(grad, state, facts))
         new = verbs.step(
             _KERNELS.get(bands, banded),
             *(grad, state.mu, state.nu, state.offdiag[:bands], scalars),
@@ -289,7 +275,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         if graft is not None:
             magnitude = grafting.magnitude(graft, new.mu_hat, new.nu_hat, state.graft)
             direction = grafting.rescale(direction, magnitude, facts.axes)
-        changed = {'mu': new.mu, 'nu': new.nu, 'offdiag': _padded(new.offdiag, widest), **means}
+        changed = {'mu': new.mu, 'nu': new.nu, 'offdiag': _padded(new.offdiag, widest)}
         if diagnostics:
             # An edge of weight zero is none; of the others the factors lack the dropped ones.
             pairs = zip(new.offdiag, new.psi, strict=True)
@@ -310,9 +296,6 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             how += ' where it may' if jax.device_count() > 1 else ''
         return f'{pattern}, {chains} x {facts.size}, order {facts.order or order}{how}'
 
-    def axes_of(facts: LeafLayout) -> dict[str, placement.Axes]:
-        return {'nu_mean': (*range(facts.batch_axes), *(None for _ in facts.axes))}
-
     return leafwise.leafwise(
         ScaleBySonewState,
         init_leaf,
@@ -323,7 +306,6 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         gathered={'dropped_edges': diagnostics},
         graft=grafting.transformation(graft, b2, layout),
         describe=describe,
-        axes=axes_of,
     )
 
 
@@ -374,8 +356,8 @@ def sonew(
     and a few entries of a leaf can get most of its update: warm the learning rate up, or raise
     ``mean_eps``.
 
-    State beside the parameters: ``2 + band`` arrays of each preconditioned leaf's shape, and a
-    number; Adam has 2. ``precond_optax.plan`` lists it before anything is allocated.
+    State beside the parameters: ``2 + band`` arrays of each preconditioned leaf's shape; Adam
+    has 2. ``precond_optax.plan`` lists it before anything is allocated.
 
     Args:
       learning_rate: the step size, a number or a schedule.

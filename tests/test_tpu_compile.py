@@ -194,7 +194,7 @@ def test_one_pass_over_memory(topology, shape, order, band, more):
 @pytest.mark.parametrize(
     ('order', 'dtype'), [('F', 'float32'), ('C', 'float32'), ('F', 'bfloat16')]
 )
-def test_a_mean_of_squares_reads_the_gradient_once_more(order, dtype):
+def test_one_pass_after_one_for_the_mean(order, dtype):
     pytest.importorskip('libtpu')
     leaf = tpu_compile.one_leaf((8192, 8192), 'v5e:2x2')
     leaf = leaf.update(dtype=jnp.dtype(dtype))
@@ -206,7 +206,7 @@ def test_a_mean_of_squares_reads_the_gradient_once_more(order, dtype):
     )
     more = (with_mean.traffic - without.traffic) / leaf.size
     print(f'order {order}, {dtype}: {with_mean.traffic / leaf.size:.2f}, {more:.2f} of it more')
-    assert more == pytest.approx(leaf.dtype.itemsize, rel=0.01)
+    assert more == pytest.approx(4 + leaf.dtype.itemsize, rel=0.01)
     assert with_mean.temporary < 1.01 * without.temporary
 
 
