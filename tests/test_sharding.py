@@ -50,12 +50,12 @@ def compiled_step(shape, spec, kind=AxisType.Auto, **keywords):
 
 
 def check(found, edge, band, relative=False):
-    """Only borders and norms: in all (band + 2) borders, each ``band`` deep, of both sides."""
+    """Only borders and numbers: in all (band + 2) borders, each ``band`` deep, of both sides."""
     assert {kind for kind, _ in found} == {'collective-permute', 'all-reduce'}
     norms = [size for kind, size in found if kind == 'all-reduce']
     permutes = [size for kind, size in found if kind == 'collective-permute']
-    # The two norms of the graft, summed along one mesh axis and then along the other.
-    assert sum(norms) <= 2 * (8 + 4 * relative)
+    # The mean and the graft's two norms, summed along one mesh axis and then along the other.
+    assert sum(norms) <= 2 * (12 + 4 * relative)
     assert sum(norms) + sum(permutes) <= (band + 2) * (edge * band)
     # In single steps of one face: of g, m and psi z by band; of a by band, of e^1 by one less ...
     steps = 3 * band + band * (band + 1) // 2 + band * relative
@@ -85,4 +85,4 @@ def test_many_bands_move_borders_as_well():
 def test_diagonal_moves_norms_alone():
     found, _ = compiled_step((512, 256), P('x', 'y'), band=0)
     assert {kind for kind, _ in found} == {'all-reduce'}
-    assert sum(size for _, size in found) <= 16
+    assert sum(size for _, size in found) <= 24
