@@ -232,8 +232,7 @@ def test_with_64_bits_enabled(shape, order):
     with jax.enable_x64(True):
         for keywords in ({}, low):
             tx = precond_optax.sonew(1e-3, order=order, impl='pallas', **keywords)
-            facts = tpu_compile.measure(tx, leaf)
-            assert facts.traffic / leaf.size < 100  # XLA's is 169
+            assert 'tpu_custom_call' in tpu_compile.compile_step(tx, leaf).as_text()
 
 
 @pytest.mark.parametrize(

@@ -187,14 +187,14 @@ def _in_tiles(
     from jax.experimental.pallas import tpu as pltpu
 
     shape = arrays[0].shape
-    seen, borders = leaf.operands(arrays, names, interpret)
-    blocks = leaf.blocks(len(borders), sums)
-    wide = jnp.float32
-    given = [jnp.stack([jnp.asarray(x, wide) for x in numbers.scalars]), numbers.eps]
-    if numbers.noise is not None:
-        given += [numbers.noise.seeds, numbers.noise.starts]
     # Mosaic's rotations and index maps want 32 bits.
     with jax.enable_x64(False):
+        seen, borders = leaf.operands(arrays, names, interpret)
+        blocks = leaf.blocks(len(borders), sums)
+        wide = jnp.float32
+        given = [jnp.stack([jnp.asarray(x, wide) for x in numbers.scalars]), numbers.eps]
+        if numbers.noise is not None:
+            given += [numbers.noise.seeds, numbers.noise.starts]
         *results, parts = pl.pallas_call(
             kernel,
             grid=blocks.grid,
