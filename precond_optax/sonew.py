@@ -397,14 +397,14 @@ def sonew(
         last step dropped. Costs nothing when off.
       impl: 'pallas': leaves that can go through a kernel do, in one pass over memory; 'xla': none
         does; 'auto': the first on TPUs. The kernels take up to eight bands, float32 and bfloat16,
-        and no ``diagnostics``; ``relative_eps`` is a pass before, which reads. On a TPU leaves of
-        two or three axes that fill its tiles, whose chain runs first along the first axis or along
-        the one that it holds last; on a GPU order 'F' in leaves of two axes or more. What a kernel
-        does not take is XLA's. So is, on several devices, what the compiler shares out: the kernel
-        runs where the mesh's axes are Explicit, or after `explicit_sharding`; 'auto' does not
-        guess, so it is XLA's as well where there is no mesh. In a ``shard_map`` or ``pmap`` all is
-        XLA's. The results are the same to rounding. With 'pallas' CPUs interpret the TPU's kernel.
-        An update cannot be differentiated through it.
+        and no ``diagnostics``; ``mean_eps`` and ``relative_eps`` are passes before, which read.
+        On a TPU leaves of two or three axes that fill its tiles, whose chain runs first along the
+        first axis or along the one that it holds last; on a GPU order 'F' in leaves of two axes
+        or more. What a kernel does not take is XLA's. So is, on several devices, what the
+        compiler shares out: the kernel runs where the mesh's axes are Explicit, or after
+        `explicit_sharding`; 'auto' does not guess, so it is XLA's as well where there is no mesh.
+        In a ``shard_map`` or ``pmap`` all is XLA's. The results are the same to rounding. With
+        'pallas' CPUs interpret the TPU's kernel. An update cannot be differentiated through it.
       weight_decay: decoupled, as in ``optax.adamw``, >= 0, or a schedule.
       mask: which leaves decay, as in ``optax.adamw``.
 
