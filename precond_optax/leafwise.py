@@ -87,15 +87,14 @@ def paths_of(with_paths: Sequence[tuple[Path, Any]]) -> list[str]:
     Boxes around arrays, as Flax puts them, are no part of a path: ``nnx.Optimizer`` hands them to
     ``init``, but not to ``update``.
     """
-
-    def place(path: Path) -> Path:
-        boxed = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey('value')
-        return path[:-1] if boxed else path
-
     # A box holds one array; of a tuple's query, key and value none is a box.
-    shared = collections.Counter(path[:-1] for path, _ in with_paths)
-    alone = [place(path) if shared[path[:-1]] == 1 else path for path, _ in with_paths]
-    return [path_string(path) for path in alone]
+    beside = collections.Counter(path[:-1] for path, _ in with_paths)
+
+    def is_boxed(path: Path) -> bool:
+        named = path[-1:] == (jax.tree_util.GetAttrKey('value'),)
+        return named and len(path) > 1 and beside[path[:-1]] == 1
+
+    return [path_string(path[:-1] if is_boxed(path) else path) for path, _ in with_paths]
 
 
 def owners(state: optax.OptState, params: optax.Params) -> list[int | None]:
