@@ -421,7 +421,7 @@ def cut(shape: Sequence[int], batch_axes: int, axes: Sequence[int], band: int) -
     It can where the leaf has two or three axes, of which the chain runs along the first one first
     or along the one that a TPU holds last; where tiles of 32 rows or more, or of a multiple of 128
     columns, 512 or more, divide that axis, or it is one of eight rows or more; and where a TPU
-    holds the others without much padding. XLA's step of what is left costs less, or not much more.
+    holds the others without much padding.
 
     Args:
       shape: of the leaf.
