@@ -23,9 +23,11 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
     yield 'b2 from 0.948 to 0.995', rising
     yield 'Nesterov', dict(nesterov=True)
     yield 'Nesterov, b2 rising', dict(nesterov=True, **rising)
-    lower, higher = 0.7 * BASE['learning_rate'], 1.4 * BASE['learning_rate']
+    rate = BASE['learning_rate']
+    lower, higher = 0.7 * rate, 1.4 * rate
     yield 'Nesterov, b2 rising, rate x 0.7', dict(nesterov=True, learning_rate=lower, **rising)
     yield 'Nesterov, b2 rising, rate x 1.4', dict(nesterov=True, learning_rate=higher, **rising)
+    yield 'Nesterov, b2 rising, rate x 2', dict(nesterov=True, learning_rate=2 * rate, **rising)
     yield 'learning rate x 0.7', dict(learning_rate=lower)
     yield 'eps x 0.1', dict(eps=0.1 * BASE['eps'])
     yield 'eps x 4', dict(eps=4 * BASE['eps'])
@@ -40,6 +42,11 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
         'band 4, Nesterov, b2 rising, rate x 1.4',
         dict(band=4, nesterov=True, learning_rate=higher, **rising),
     )
+    for factor in (2, 2.8):
+        yield (
+            f'band 4, Nesterov, b2 rising, rate x {factor}',
+            dict(band=4, nesterov=True, learning_rate=factor * rate, **rising),
+        )
     yield (
         'band 4, Nesterov, b2 rising, eps x 4',
         dict(band=4, nesterov=True, eps=4 * BASE['eps'], **rising),
