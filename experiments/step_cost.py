@@ -258,8 +258,8 @@ def measure(
         tx = optax.with_extra_args_support(factories[name](tree.layout))
 
         def step(params: Any, state: Any, grads: Any) -> Any:
-            updates, state = tx.update(grads, state, params, value=1.0)  # a loss, where taken
-            return optax.apply_updates(params, updates), state
+            # The value is a loss, where one is taken.
+            return precond_optax.update_and_apply(tx, grads, state, params, value=1.0)
 
         params = jax.tree.map(jnp.zeros_like, grads)
         state = tx.init(params)

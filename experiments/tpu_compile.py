@@ -116,8 +116,7 @@ def compile_step(tx: optax.GradientTransformation, params: Any) -> jax.stages.Co
     """Update and apply_updates, parameters and state donated, compiled where ``params`` lie."""
 
     def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return precond_optax.update_and_apply(tx, grads, state, params)
 
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -1,5 +1,6 @@
 """Second-order and structured preconditioners for JAX, as Optax transformations."""
 
+from precond_optax.applying import update_and_apply
 from precond_optax.block_adam import ScaleByBlockAdamState, block_adam, scale_by_block_adam
 from precond_optax.grafting import Graft
 from precond_optax.layout import Layout, LeafRule
@@ -48,4 +49,5 @@ __all__ = [
     'soaa',
     'sonew',
     'state_sharding',
+    'update_and_apply',
 ]

@@ -24,6 +24,7 @@ from precond_optax import checks
 from precond_optax import layout as layout_lib
 from precond_optax.kernels import matrix_root
 from precond_optax.kernels.rounding import stochastic_round
+from precond_optax.kernels.verbs import Move
 from precond_optax.layout import LeafLayout
 from precond_optax.placement import Axes
 
@@ -183,6 +184,7 @@ def leafwise(
     init_leaf: Callable[[Any, LeafLayout], Fields],
     update_leaf: Callable[..., tuple[jax.Array, Fields]],
     *,
+    apply_leaf: Callable[..., tuple[jax.Array, Fields] | None] | None = None,
     layout: layout_lib.Layout,
     stacked: Mapping[str, int] | None = None,
     stochastic: Collection[str] = (),
@@ -208,6 +210,9 @@ def leafwise(
         from 1; a field is the leaf's array, in the arithmetic's dtype; ``graft`` is the grafting
         rule's update for this leaf; a gathered field is the leaf's number, one of ``whole`` the
         tree's.
+      apply_leaf: of the same, the parameter, as it is, and how it moves along the update, a
+        `Move`: the new parameter and the fields that change, in fewer passes over memory than
+        ``update_leaf`` and a sum; None where it has no better way.
       layout: the user's rules.
       stacked: fields that are tuples of trees, each like the parameters', and how many.
       stochastic: fields that are rounded stochastically where they are stored in bfloat16.
@@ -228,6 +233,7 @@ def leafwise(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` that ignores unknown extra arguments.
+      Its update has an attribute ``moving``, for `chain_learning_rate`.
     """
     layout_lib.check(layout)
     kept = dict(gathered or {})
@@ -266,6 +272,16 @@ def leafwise(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
+        return walk(updates, state, params, None, extra_args)
+
+    def walk(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None,
+        moves: Sequence[Move] | None,
+        extra_args: Mapping[str, Any],
+    ) -> tuple[optax.Updates, Any]:
+        """The updates, or the parameters after such moves along them; and the new state."""
         grads, layouts, treedef = leaves_of(updates)
         _check_alike(layouts, treedef, state, state_type)
         grads = [jnp.asarray(grad) for grad in grads]
@@ -291,14 +307,15 @@ def leafwise(
             for grad, fields, facts in zip(grads, wide, layouts, strict=True)
         ]
         sums = _sums([] if whole is None else [whole.before(*leaf) for leaf in seen], layouts)
-        directions, reported, last = [], [], None
+        results, reported, last = [], [], None
+        targets = list(zip(treedef.flatten_up_to(params), moves, strict=True)) if moves else []
         for i, (wide_grad, own, facts) in enumerate(seen):
             if last is not None:
                 wide_grad = matrix_root.once(last, wide_grad)
             more = () if whole is None else (_cast(sums, facts.compute_dtype),)
-            direction, changed = update_leaf(wide_grad, own, facts, *more)
+            new, changed = step(wide_grad, own, facts, more, *(targets[i] if targets else ()))
             reported.append(changed.pop('sums', {}))
-            directions.append(direction.astype(grads[i].dtype))
+            results.append(new if targets else new.astype(grads[i].dtype))
             last = last if one_by_one is None else changed.get(one_by_one, last)
             for name, values in numbers.items():
                 values.append(changed.pop(name, getattr(own, name)))
@@ -309,8 +326,25 @@ def leafwise(
             for name, value in whole.after(now, _sums(reported, layouts), extra_args).items():
                 others[name] = jnp.asarray(value, others[name].dtype)
         trees = _to_trees(per_leaf, depth, treedef)
-        return treedef.unflatten(directions), state_type(count=count, **others, **trees)
+        return treedef.unflatten(results), state_type(count=count, **others, **trees)
 
+    def step(
+        grad: jax.Array,
+        own: Any,
+        facts: LeafLayout,
+        more: Any,
+        param: Any = None,
+        move: Any = None,
+    ) -> tuple[jax.Array, Fields]:
+        if move is None:
+            return update_leaf(grad, own, facts, *more)
+        applied = apply_leaf and apply_leaf(grad, own, facts, *more, param, move)
+        if applied is not None:
+            return applied
+        direction, changed = update_leaf(grad, own, facts, *more)
+        return move(param.astype(facts.compute_dtype), direction).astype(param.dtype), changed
+
+    update.moving = walk  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init, update)
 
 
@@ -445,10 +479,34 @@ def chain_learning_rate(
     checks.learning_rate(learning_rate)
     if not callable(weight_decay):
         checks.in_range('weight_decay', weight_decay, 0)
-    if checks.is_static_zero(weight_decay):
-        decay: optax.GradientTransformation = optax.identity()
-    else:
-        decay = optax.add_decayed_weights(weight_decay)
+    decays = not checks.is_static_zero(weight_decay)
+    decay = optax.add_decayed_weights(weight_decay) if decays else optax.identity()
     if mask is not None:
         decay = optax.masked(decay, mask)
-    return optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))
+    scale = optax.scale_by_learning_rate(learning_rate)
+    chained = optax.chain(direction, decay, scale)
+
+    def moves_of(grads: Any, decay_state: Any, scale_state: Any) -> list[Move]:
+        """What decay and learning rate make of each parameter and its direction."""
+        rate = learning_rate(scale_state.count) if callable(learning_rate) else learning_rate
+        if not decays:
+            return [Move(1.0, -rate)] * len(jax.tree.leaves(grads))
+        own = decay_state if mask is None else decay_state.inner_state
+        strength = weight_decay(own.count) if callable(weight_decay) else weight_decay
+        chosen = mask(grads) if callable(mask) else True if mask is None else mask
+        each = jax.tree.map(lambda on, part: jax.tree.map(lambda _: on, part), chosen, grads)
+        keeps = [1 - rate * strength if on else 1.0 for on in jax.tree.leaves(each)]
+        return [Move(keep, -rate) for keep in keeps]
+
+    def applied(grads: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
+        """The parameters after a step, and the new state."""
+        own, *others = state
+        moves = moves_of(grads, *others)
+        # Of these two the counts alone are looked at: nothing is computed.
+        _, others = optax.chain(decay, scale).update(grads, tuple(others), params)
+        params, own = moving(grads, own, params, moves, extra_args)
+        return params, (own, *others)
+
+    moving = direction.update.moving
+    chained.update.applied = applied
+    return chained

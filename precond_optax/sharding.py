@@ -1,6 +1,8 @@
 """Where the state goes: beside the parameters, from the start."""
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -124,11 +126,15 @@ def explicit_sharding(
     own = specs(jax.tree.map(lambda leaf: leaf.sharding, params))
     held = specs(state_sharding(tx, params))
 
-    def update(
-        updates: Any, state: Any, params: Any | None = None, **extra: Any
+    def told(
+        step: Callable[..., tuple[Any, Any]],
+        updates: Any,
+        state: Any,
+        params: Any | None = None,
+        **extra: Any,
     ) -> tuple[Any, Any]:
         if jax.sharding.get_abstract_mesh().manual_axes:
-            return inner.update(updates, state, params, **extra)
+            return step(updates, state, params, **extra)
         leaves, structure = jax.tree.flatten(extra)
         positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
 
@@ -137,7 +143,7 @@ def explicit_sharding(
             more = jax.tree.unflatten(
                 structure, [given.get(i, leaf) for i, leaf in enumerate(leaves)]
             )
-            return inner.update(updates, state, params, **more)
+            return step(updates, state, params, **more)
 
         arrays = [leaves[i] for i in positions]
         whole = [PartitionSpec()] * len(arrays)
@@ -146,6 +152,13 @@ def explicit_sharding(
             known = jax.sharding.explicit_axes(run, in_sharding=places)
             return known(updates, state, params, arrays)
 
+    def update(
+        updates: Any, state: Any, params: Any | None = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        return told(inner.update, updates, state, params, **extra)
+
+    if applied := getattr(inner.update, 'applied', None):
+        update.applied = functools.partial(told, applied)  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 

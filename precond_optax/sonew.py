@@ -32,6 +32,9 @@ class ScaleBySonewState(NamedTuple):
     # optax.MaskedNode() where a leaf is no chain or has fewer bands.
     offdiag: tuple[optax.Updates, ...]
     graft: optax.OptState  # the grafting rule's own state, if it has any
+    # shape=(batch axes...), dtype=float32 at least: ||w|| / ||u|| of each chain in the last step;
+    # without delayed_graft, and where a leaf is no chain, optax.MaskedNode()
+    graft_scale: optax.Updates
     # shape=(leaves,), dtype=float32: edges of each leaf dropped in the last step; with
     # diagnostics=False optax.MaskedNode()
     dropped_edges: Any
@@ -102,6 +105,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     order: str = 'F',
     edge_tolerance: Scalar | None = None,
     graft: grafting.Graft = 'adam',
+    delayed_graft: bool = False,
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
@@ -115,9 +119,9 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     units of the grafting rule's: none for Adam's.
 
     Args:
-      b1, b2, eps, mean_eps, relative_eps, nesterov, band, order, edge_tolerance, graft, mu_dtype,
-        stats_dtype, stochastic_rounding, layout, diagnostics, impl: as in `sonew`, with the same
-        defaults.
+      b1, b2, eps, mean_eps, relative_eps, nesterov, band, order, edge_tolerance, graft,
+        delayed_graft, mu_dtype, stats_dtype, stochastic_rounding, layout, diagnostics, impl: as in
+        `sonew`, with the same defaults.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state `ScaleBySonewState`.
@@ -153,6 +157,9 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     checks.flag('diagnostics', diagnostics)
     checks.one_of('impl', impl, _IMPLS)
     grafting.check(graft)
+    checks.flag('delayed_graft', delayed_graft)
+    if delayed_graft and graft is None:
+        raise ValueError('delayed_graft=True wants a grafting rule, got graft=None.')
     layout_lib.check(layout)
     widest = _widest_band(band, layout)
     # None, not zero, is the default: optax.inject_hyperparams would trace that.
@@ -175,7 +182,28 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             'mu': jnp.zeros_like(leaf, dtype=mu_dtype or facts.dtype),
             'nu': held[0],
             'offdiag': _padded(held[1:], widest),
+            'graft_scale': scale_of(leaf, facts),
         }
+
+    def scale_of(leaf: Any, facts: LeafLayout) -> Any:
+        if not (delayed_graft and facts.precondition):
+            return optax.MaskedNode()
+        axes = tuple(range(facts.batch_axes))
+        return placement.zeros(leaf, facts.shape[: facts.batch_axes], facts.compute_dtype, axes)
+
+    def grafted(
+        direction: jax.Array,
+        sizes: Sequence[jax.Array],
+        state: ScaleBySonewState,
+        facts: LeafLayout,
+    ) -> tuple[jax.Array, leafwise.Fields]:
+        """The direction in the size that the rule gives it, by the norms of u and of w."""
+        size, wanted = sizes
+        if not delayed_graft:
+            return grafting.resize(direction, size, wanted), {}
+        scale = wanted / jnp.where(size > 0, size, 1)
+        changed = {'graft_scale': jnp.squeeze(scale, facts.axes)}
+        return direction * jnp.expand_dims(state.graft_scale, facts.axes), changed
 
     def tolerance(facts: LeafLayout) -> Scalar:
         if edge_tolerance is not None:
@@ -211,8 +239,13 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         return fused.is_taken(facts.shape, facts.batch_axes, axes, band_of(facts))
 
     def in_one_pass(
-        grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
+        grad: jax.Array,
+        state: ScaleBySonewState,
+        facts: LeafLayout,
+        param: jax.Array | None = None,
+        move: verbs.Move | None = None,
     ) -> tuple[jax.Array, leafwise.Fields]:
+        """The direction, or the parameter moved along it; and what changes."""
         # As they are stored: leafwise has made them wide, which the compiler takes back.
         stored = facts.stored['nu']
         nu, *held = (x.astype(stored) for x in (state.nu, *state.offdiag[: band_of(facts)]))
@@ -233,9 +266,13 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             nesterov,
             relative=not checks.is_static_zero(more_eps),
             interpreted=impl == 'pallas',
+            moves=move is not None,
         )
+        if move is not None:
+            scale = jnp.ones(batch) if graft is None else state.graft_scale
+            move = verbs.Move(jnp.full(batch, move.keep), move.step * scale)
         run = _as_a_kernel(functools.partial(fused.one_pass, leaf))
-        mu, nu, offdiag, direction, squares = run(
+        mu, nu, offdiag, moved, squares = run(
             grad.astype(facts.dtype),
             state.mu.astype(facts.stored['mu']),
             nu,
@@ -243,14 +280,31 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             jax.tree.map(jnp.asarray, scalars),
             jnp.full(batch, own_eps) if mean_eps is None else jnp.squeeze(own_eps, facts.axes),
             jnp.stack(seeds) if seeds else jnp.zeros((0, 2), jnp.uint32),
+            param,
+            move,
         )
+        changed: leafwise.Fields = {'mu': mu, 'nu': nu, 'offdiag': _padded(offdiag, widest)}
         if graft is not None:
             # Of u and of w, for each chain.
             sizes = [jnp.expand_dims(jnp.sqrt(squares[..., i]), facts.axes) for i in range(2)]
             if graft not in ('adam', 'momentum'):
                 sizes[1] = grafting.norm(state.graft, facts.axes)
-            direction = grafting.resize(direction, *sizes)
-        return direction, {'mu': mu, 'nu': nu, 'offdiag': _padded(offdiag, widest)}
+            grown, scale = grafted(moved, sizes, state, facts)
+            moved = grown if move is None else moved
+            changed |= scale
+        return moved, changed
+
+    def apply_leaf(
+        grad: jax.Array,
+        state: ScaleBySonewState,
+        facts: LeafLayout,
+        param: jax.Array,
+        move: verbs.Move,
+    ) -> tuple[jax.Array, leafwise.Fields] | None:
+        is_known = graft is None or delayed_graft  # how far to go, before the kernel has run
+        if is_known and fits_kernel(facts) and _is_placed(impl, grad):
+            return in_one_pass(grad, state, facts, param, move)
+        return None
 
     def update_leaf(
         grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
@@ -272,10 +326,12 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
             axes=axes,
         )
         direction = new.direction
+        changed = {'mu': new.mu, 'nu': new.nu, 'offdiag': _padded(new.offdiag, widest)}
         if graft is not None:
             magnitude = grafting.magnitude(graft, new.mu_hat, new.nu_hat, state.graft)
-            direction = grafting.rescale(direction, magnitude, facts.axes)
-        changed = {'mu': new.mu, 'nu': new.nu, 'offdiag': _padded(new.offdiag, widest)}
+            sizes = [grafting.norm(x, facts.axes) for x in (direction, magnitude)]
+            direction, scale = grafted(direction, sizes, state, facts)
+            changed |= scale
         if diagnostics:
             # An edge of weight zero is none; of the others the factors lack the dropped ones.
             pairs = zip(new.offdiag, new.psi, strict=True)
@@ -300,12 +356,14 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         ScaleBySonewState,
         init_leaf,
         update_leaf,
+        apply_leaf=apply_leaf,
         layout=layout,
         stacked={'offdiag': widest},
         stochastic=('nu', 'offdiag') if stochastic_rounding else (),
         gathered={'dropped_edges': diagnostics},
         graft=grafting.transformation(graft, b2, layout),
         describe=describe,
+        axes=lambda facts: {'graft_scale': tuple(range(facts.batch_axes))},
     )
 
 
@@ -322,6 +380,7 @@ def sonew(
     order: str = 'F',
     edge_tolerance: Scalar | None = None,
     graft: grafting.Graft = 'adam',
+    delayed_graft: bool = False,
     mu_dtype: Any | None = None,
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
@@ -384,6 +443,9 @@ def sonew(
         the rounding unit for others.
       graft: where the size of the update comes from: 'adam', 'momentum', 'sgd',
         'rmsprop_normalized', any ``optax.GradientTransformation``, or None for SONew's own.
+      delayed_graft: whether the ratio of the two norms is that of the step before, so that no
+        pass over memory has to wait for them, see `update_and_apply`. In the first step, which
+        has none before it, preconditioned leaves do not move.
       mu_dtype: dtype in which the mean of the gradients is stored; None: the parameter's.
       stats_dtype: dtype in which the second moment is stored; None: the parameter's, but float32
         at least.
@@ -445,6 +507,7 @@ def sonew(
         order=order,
         edge_tolerance=edge_tolerance,
         graft=graft,
+        delayed_graft=delayed_graft,
         mu_dtype=mu_dtype,
         stats_dtype=stats_dtype,
         stochastic_rounding=stochastic_rounding,

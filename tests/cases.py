@@ -158,6 +158,14 @@ CASES = (
         state_bytes=16,
     ),
     Case(
+        'sonew_delayed_graft',
+        precond_optax.sonew,
+        variant=True,
+        keywords={**_EPS, 'delayed_graft': True},
+        static_args=('band',),
+        state_bytes=12,
+    ),
+    Case(
         'sonew_routed',
         precond_optax.sonew,
         variant=True,

@@ -14,6 +14,7 @@ import optax.contrib
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import precond_optax
 from tests.cases import Case
 
 SHAPES = {
@@ -396,6 +397,26 @@ def donated_state_is_not_needed_again(case: Case):
     held = jax.tree.map(jnp.copy, params)
     new, _ = step(held, tx.init(params), random_tree(0, shapes={'matrix': (6, 4), 'vector': (4,)}))
     assert_close(new, expected)
+
+
+def update_and_apply_is_both(case: Case):
+    """With a schedule; whatever a transformation has for it, eager and jitted."""
+    shapes = {'matrix': (6, 4), '3d': (2, 3, 4), 'vector': (4,)}
+    start = random_tree(7, shapes=shapes) | {'low': jnp.ones((3, 4), jnp.bfloat16)}
+    tx = case.make(optax.linear_schedule(case.learning_rate, 2 * case.learning_rate, 3))
+    apply = functools.partial(precond_optax.update_and_apply, tx)
+    for step in (apply, jax.jit(apply)):
+        params, state, expected, held = start, tx.init(start), start, tx.init(start)
+        for seed in range(3):
+            grads = random_tree(seed, shapes=shapes) | {'low': jnp.full((3, 4), 0.5, jnp.bfloat16)}
+            params, state = step(grads, state, params, value=1.0)
+            updates, held = jax.jit(tx.update)(grads, held, expected)
+            expected = optax.apply_updates(expected, updates)
+        assert types(params) == types(start)
+        assert types(state) == types(held)
+        assert_close(params, expected, rtol=1e-2, atol=1e-5)  # bfloat16's
+        wide = [{k: x for k, x in tree.items() if k != 'low'} for tree in (params, expected)]
+        assert_close(*wide, rtol=1e-4, atol=1e-5)
 
 
 def schedule_free_wraps_it(case: Case):

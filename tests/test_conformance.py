@@ -105,6 +105,18 @@ def needs_arrays(tx, _):
     )
 
 
+def applies_twice_as_much(tx, learning_rate):
+    def update(grads, state, params=None, **extra):
+        return tx.update(grads, state, params, **extra)
+
+    def applied(grads, state, params, **extra):
+        new, state = precond_optax.update_and_apply(tx, grads, state, params, **extra)
+        return jax.tree.map(lambda a, b: 2 * a - b, new, params), state
+
+    update.applied = applied
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 def drops_schedules(tx, learning_rate):
     return precond_optax.sonew(1e-3) if callable(learning_rate) else tx
 
@@ -168,6 +180,7 @@ BROKEN = {
     'vmap_over_models_equals_the_loop': broken(counts_its_traces),
     'pmap_equals_one_device': broken(counts_its_traces),
     'donated_state_is_not_needed_again': broken(counts_its_traces),
+    'update_and_apply_is_both': broken(applies_twice_as_much),
     'schedule_free_wraps_it': broken(each(lambda u, g: -u)),
     'sharded_leaves_keep_their_sharding': broken(each(replicates)),
     'auto_sharded_leaves_give_the_same': broken(counts_its_traces),

@@ -43,6 +43,20 @@ def test_one_pass_moves_what_it_must(gpu, band):
     assert temporary <= 4 + 4 * 2 * (3 + band) * band / 128 + 0.1
 
 
+@pytest.mark.parametrize('keywords', [{'graft': None}, {'delayed_graft': True}])
+@pytest.mark.parametrize('band', [0, 1, 4])
+def test_parameters_are_moved_in_the_pass(band, keywords):
+    """Read are g m d e p, written m d e p; and strips' ends."""
+    leaf = leaf_of((8192, 4096), 'h200')
+    traffic, temporary = measured(
+        precond_optax.sonew(1e-3, mean_eps=None, band=band, impl='pallas', **keywords), leaf
+    )
+    least = 8 * (3 + band) + 4
+    print(f'band {band}, {keywords}: {traffic:.2f} ({least}), temporary {temporary:.2f}')
+    assert least <= traffic <= least + 3 * 4 * 2 * (4 + band) * band / 128 + 0.3
+    assert temporary <= 4 * 2 * (4 + band) * band / 128 + 0.2
+
+
 @pytest.mark.parametrize('band', [1, 4])
 def test_relative_damping_is_another_pass_that_reads(band):
     leaf = leaf_of((8192, 4096), 'h200')

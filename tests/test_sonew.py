@@ -146,6 +146,39 @@ def test_the_default_damping_has_no_scale(rng, scale):
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize('graft', ['adam', 'momentum', 'sgd', 'rmsprop_normalized'])
+def test_a_delayed_graft_has_the_last_step_s_ratio(graft, rng):
+    """The same directions, each layer's with the ratio of norms that it had the step before."""
+    layout = {'layers': LeafRule(batch_axes=1)}
+    shapes = {'layers': (3, 5, 4), 'kernel': (6, 5), 'bias': (4,)}
+    exact, late, bare = (
+        precond_optax.scale_by_sonew(eps=0.1, graft=g, delayed_graft=d, layout=layout)
+        for g, d in ((graft, False), (graft, True), (None, False))
+    )
+    states = [tx.init({k: jnp.zeros(s) for k, s in shapes.items()}) for tx in (exact, late, bare)]
+    assert states[1].graft_scale['layers'].shape == (3,)
+    assert states[1].graft_scale['bias'] == states[0].graft_scale['kernel'] == optax.MaskedNode()
+    ratio = {'layers': np.zeros((3, 1, 1)), 'kernel': np.zeros((1, 1))}
+    for _ in range(4):
+        grads = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+        updates = []
+        for i, tx in enumerate((exact, late, bare)):
+            own, states[i] = jax.jit(tx.update)(grads, states[i])
+            updates.append(own)
+        sized, got, direction = updates
+        np.testing.assert_array_equal(got['bias'], sized['bias'])
+        for name in ratio:
+            np.testing.assert_allclose(got[name], direction[name] * ratio[name], rtol=1e-4)
+            axes = (-2, -1)
+            norms = [np.linalg.norm(x[name], axis=axes, keepdims=True) for x in (sized, direction)]
+            ratio[name] = norms[0] / norms[1]
+
+
+def test_a_delayed_graft_wants_one():
+    with pytest.raises(ValueError, match='delayed_graft=True wants a grafting rule'):
+        precond_optax.sonew(0.1, graft=None, delayed_graft=True)
+
+
 def test_dropped_edges_are_counted(rng):
     one = jnp.asarray(rng.normal(size=(4, 3)), 'float32')
     params = {'bias': jnp.zeros(3), 'copies': one, 'random': one}

@@ -80,6 +80,75 @@ def test_one_pass_is_xlas(keywords, rng):
     assert_same(states[0], states[1])
 
 
+def trained(tx, grads, params, step):
+    state, step = tx.init(params), jax.jit(functools.partial(step, tx))
+    for grad in grads:
+        params, state = step(grad, state, params)
+    return params, state
+
+
+def by_updates(tx, grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+MOVES = [
+    ({'delayed_graft': True, 'weight_decay': 0.1}, 'float32'),
+    ({'delayed_graft': True, 'graft': 'rmsprop_normalized', 'nesterov': True}, 'float32'),
+    ({'graft': None, 'band': 0}, 'float32'),
+    ({'graft': None, 'order': 'C', 'band': 3}, 'float32'),
+    ({'delayed_graft': True, 'relative_eps': 0.1, 'order': 'C'}, 'float32'),
+    ({'delayed_graft': True, 'mu_dtype': 'bfloat16', 'stats_dtype': 'bfloat16'}, 'float32'),
+    ({'delayed_graft': True, 'band': 2, 'mu_dtype': 'float32'}, 'bfloat16'),
+]
+
+
+@pytest.mark.parametrize(('keywords', 'dtype'), MOVES)
+def test_parameters_moved_by_the_kernel_are_xlas(keywords, dtype, rng, moving):
+    """By `update_and_apply`; XLA's take their updates, and sum them up."""
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), dtype), PARAMS)
+    grads = [gradients(rng, params) for _ in range(3)]
+    ours, theirs = sonew('pallas', **keywords), sonew('xla', **keywords)
+    got, state = trained(ours, grads, params, precond_optax.update_and_apply)
+    assert sorted(moving) == sorted(SHAPES[name] for name in ('kernel', 'layers', 'heads'))
+    expected, held = trained(theirs, grads, params, by_updates)
+    if dtype == 'bfloat16' or 'stats_dtype' in keywords:
+        # Of the reference each update is rounded before the sum.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(
+                np.float32(a), np.float32(b), rtol=2**-7, atol=2**-7
+            ),
+            got,
+            expected,
+        )
+        return
+    assert_same(got, expected)
+    assert_same(state, held)
+
+
+@pytest.mark.parametrize('keywords', [{}, {'diagnostics': True, 'graft': None}])
+def test_where_it_is_not_known_how_far_parameters_move_after_the_kernel(keywords, rng, moving):
+    params, grads = gradients(rng), [gradients(rng)]
+    tx = sonew('pallas', **keywords)
+    got, _ = trained(tx, grads, params, precond_optax.update_and_apply)
+    assert not moving
+    assert_same(got, trained(tx, grads, params, by_updates)[0])
+
+
+@pytest.fixture
+def moving(monkeypatch):
+    """The leaves whose parameters a kernel moves."""
+    names, real = [], fused.one_pass
+
+    def noted(leaf, *args):
+        if leaf.moves:
+            names.append(args[0].shape)
+        return real(leaf, *args)
+
+    monkeypatch.setattr(fused, 'one_pass', noted)
+    return names
+
+
 @pytest.mark.parametrize(
     'keywords',
     [
@@ -182,9 +251,10 @@ def test_what_the_kernel_cannot_do_is_said(rng):
 def for_gpus(monkeypatch):
     """Traces are for GPUs, whose kernel this machine interprets."""
     monkeypatch.setattr(placement, 'platform', lambda: 'gpu')
-    fused.one_pass.clear_cache()
+    compiled = fused.one_pass
+    compiled.clear_cache()
     yield
-    fused.one_pass.clear_cache()
+    compiled.clear_cache()
 
 
 @pytest.mark.parametrize(
@@ -412,6 +482,40 @@ def test_on_gpus_a_part_s_noise_is_the_leaf_s(shape, batch_axes, spec, band, fil
 
 def test_on_gpus_relative_damping_is_the_leaf_s(rng, for_gpus):
     test_relative_damping_is_the_leaf_s(*PARTS[6], 'F', rng)
+
+
+@pytest.mark.parametrize('kind', [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'spec', 'order'),
+    [
+        (*PARTS[0][:3], 'F'),
+        (*PARTS[6][:3], 'F'),
+        (*PARTS[9][:3], 'F'),  # parts that fill no tile
+        (*ACROSS[4][:3], 'C'),
+    ],
+)
+def test_each_device_moves_its_part(kind, shape, batch_axes, spec, order, rng, moving):
+    layout = {'': LeafRule(batch_axes=batch_axes)}
+    keywords = dict(layout=layout, eps=0.1, order=order, delayed_graft=True, weight_decay=0.1)
+    ours, theirs = (sonew(impl, **keywords) for impl in ('pallas', 'xla'))
+    grads = [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(4)]
+    start = grads.pop()
+    expected = trained(theirs, grads, start, by_updates)
+    mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(kind,) * 2)
+    params, *grads = jax.device_put([start, *grads], NamedSharding(mesh, spec))
+    tx = precond_optax.explicit_sharding(ours, params)
+    state = jax.jit(tx.init, out_shardings=precond_optax.state_sharding(tx, params))(params)
+    step = jax.jit(functools.partial(precond_optax.update_and_apply, tx))
+    for grad in grads:
+        params, state = step(grad, state, params)
+    assert moving
+    assert params.sharding.is_equivalent_to(grads[0].sharding, params.ndim)
+    assert_same(jax.device_get((params, state)), expected)
+
+
+@pytest.mark.parametrize(('keywords', 'dtype'), MOVES[:3:2])
+def test_on_gpus_parameters_moved_by_the_kernel_are_xlas(keywords, dtype, rng, for_gpus, moving):
+    test_parameters_moved_by_the_kernel_are_xlas(keywords, dtype, rng, moving)
 
 
 @pytest.mark.parametrize('kind', [AxisType.Explicit, AxisType.Auto])

@@ -191,6 +191,49 @@ def test_one_pass_over_memory(topology, shape, order, band, more):
     assert temporary <= (5.5 if band < 4 else 20)
 
 
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+@pytest.mark.parametrize(
+    ('shape', 'order', 'band', 'more'),
+    [
+        ((8192, 8192), 'F', 0, 1.01),
+        ((8192, 8192), 'F', 1, 1.05),
+        ((8192, 8192), 'F', 4, 1.12),
+        ((8192, 8192), 'F', 8, 1.3),
+        ((32, 1536, 4096), 'F', 1, 1.12),
+        ((32, 1536, 16, 128), 'F', 1, 1.2),
+        ((1024, 50_257), 'F', 1, 1.25),
+        ((8192, 8192), 'C', 1, 1.05),
+        ((8192, 8192), 'C', 8, 1.1),
+    ],
+)
+@pytest.mark.parametrize('keywords', [{'graft': None}, {'delayed_graft': True}], ids=['', 'graft'])
+def test_parameters_are_moved_in_the_pass(topology, shape, order, band, more, keywords):
+    """Arrays g m d e p read and m d e p written: no direction, and next to no workspace."""
+    pytest.importorskip('libtpu')
+    layout = {'': precond_optax.LeafRule(batch_axes=int(len(shape) > 2))}
+    given = dict(mean_eps=None, band=band, impl='pallas', layout=layout, order=order)
+    leaf = tpu_compile.one_leaf(shape, topology)
+    facts = tpu_compile.measure(precond_optax.sonew(1e-3, **given, **keywords), leaf)
+    traffic, temporary = facts.traffic / leaf.size, facts.temporary / leaf.size
+    least = 8 * (3 + band) + 4
+    what = f'{topology} {shape} order {order} band {band}, {keywords}'
+    print(f'{what}: {traffic:.2f} ({least}), temporary {temporary:.2f}')
+    assert least <= traffic <= more * least
+    assert temporary <= (4.1 if band < 8 else 6)
+
+
+@pytest.mark.parametrize(('band', 'more'), [(1, 1.08), (4, 1.15)])
+def test_with_a_state_in_bfloat16_less_is_moved_than_for_adam(band, more):
+    """Of one band: read are 4 + 2 + 2 + 2 + 4 bytes, written 2 + 2 + 2 + 4, in all 24."""
+    pytest.importorskip('libtpu')
+    low = dict(mean_eps=None, mu_dtype='bfloat16', stats_dtype='bfloat16', delayed_graft=True)
+    leaf = tpu_compile.one_leaf((8192, 8192), 'v5e:2x2')
+    facts = tpu_compile.measure(precond_optax.sonew(1e-3, band=band, impl='pallas', **low), leaf)
+    traffic, least = facts.traffic / leaf.size, 12 + 4 * (2 + band)
+    print(f'band {band}, bfloat16, moved: {traffic:.2f} ({least})')
+    assert least <= traffic <= more * least
+
+
 @pytest.mark.parametrize(
     ('order', 'dtype'), [('F', 'float32'), ('C', 'float32'), ('F', 'bfloat16')]
 )

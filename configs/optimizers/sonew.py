@@ -20,6 +20,7 @@ def get_config() -> config_dict.ConfigDict:
             edge_tolerance=config_dict.placeholder(float),
             relative_eps=0.0,
             graft='adam',
+            delayed_graft=False,
             mu_dtype=config_dict.placeholder(str),
             stats_dtype=config_dict.placeholder(str),
             stochastic_rounding=True,

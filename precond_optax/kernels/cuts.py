@@ -105,9 +105,15 @@ class Down(NamedTuple):
         Returns:
           Arrays (batch, rows, rest...), and borders, none for a diagonal.
         """
-        arrays = [x.reshape(self.batch, self.rows, *self.rest) for x in arrays]
-        borders = self._borders(arrays, names) if self.band else []
-        return [self._seen(x) for x in arrays], [self._seen(x) for x in borders]
+        borders: list[jax.Array] = []
+        if self.band:
+            rows = [x.reshape(self.batch, self.rows, *self.rest) for x in arrays]
+            borders = [self._seen(x) for x in self._borders(rows, names)]
+        return [self.seen(x) for x in arrays], borders
+
+    def seen(self, x: jax.Array) -> jax.Array:
+        """One of the leaf's arrays as the kernel sees it."""
+        return self._seen(x.reshape(self.batch, self.rows, *self.rest))
 
     def _seen(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[: x.ndim - len(self.rest)], *self.tiled)
@@ -256,15 +262,12 @@ class Across(NamedTuple):
         another, (batch, planes, rows, LANES parts), if there are parts; and what stands before the
         first part, and after the last one, (batch, planes, rows, LANES).
         """
-        placed = sorted(range(len(self.order)), key=self.order.__getitem__)
-        own = [self.sizes[i] for i in placed]
-        turned = (0, *(axis + 1 for axis in self.order))
-        arrays = [self._seen(x.reshape(self.batch, *own).transpose(turned)) for x in arrays]
+        arrays = [self.seen(x) for x in arrays]
         if not self.band:
             return arrays, []
         last, first = self._ends(arrays, interpret)
-        names = [(), *(names[axis] for axis in self.order)] if names else [()] * (1 + len(own))
-        shards = chain.Shards(tuple(axis + 1 for axis in self.axes), tuple(names))
+        own = [names[axis] for axis in self.order] if names else [()] * len(self.order)
+        shards = chain.Shards(tuple(axis + 1 for axis in self.axes), ((), *own))
 
         def beyond(ends: jax.Array, step: int) -> jax.Array:
             edge = ends.reshape(self.batch, *self.sizes[:-1], LANES)
@@ -277,6 +280,13 @@ class Across(NamedTuple):
         inner = [last, first] if self.parts > 1 else []
         ends = beyond(last[..., -LANES:], -1), beyond(first[..., :LANES], 1)
         return arrays, [*inner, *ends]
+
+    def seen(self, x: jax.Array) -> jax.Array:
+        """As `Down.seen`."""
+        placed = sorted(range(len(self.order)), key=self.order.__getitem__)
+        turned = (0, *(axis + 1 for axis in self.order))
+        own = x.reshape(self.batch, *(self.sizes[i] for i in placed))
+        return self._seen(own.transpose(turned))
 
     def _seen(self, x: jax.Array) -> jax.Array:
         return x.reshape(self.batch, self.planes, self.rows, x.shape[-1])

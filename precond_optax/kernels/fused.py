@@ -48,6 +48,7 @@ class Static(NamedTuple):
       nesterov: likewise.
       relative: whether some damping is relative to the second moment, which is a pass of its own.
       interpreted: whether other backends than those interpret a kernel; else they have the verbs.
+      moves: whether the parameters are moved along the direction.
     """
 
     pattern: ModuleType
@@ -57,6 +58,7 @@ class Static(NamedTuple):
     nesterov: bool = False
     relative: bool = False
     interpreted: bool = True
+    moves: bool = False
 
 
 def _noise(
@@ -83,12 +85,14 @@ def _on_a_device(
       leaf: its static facts.
       whole: the leaf's shape.
       names: the axes of the mesh that share out each of its axes.
-      *args: of `one_pass`, the scalars as an array.
+      *args: of `one_pass`, without ``None``, the scalars as an array; p is the last of the arrays.
 
     Returns:
       As `one_pass`, in one tuple.
     """
-    *arrays, scalars, eps, seeds = args
+    *arrays, scalars, eps, seeds = args[: len(args) - 2 * leaf.moves]
+    moving = verbs.Move(*args[-2:]) if leaf.moves else None
+    param = arrays.pop() if leaf.moves else None
     grad, batch = arrays[0], arrays[0].shape[: leaf.batch_axes]
     s = verbs.Scalars(*(scalars[i] for i in range(len(verbs.Scalars._fields))))
     shards = chain.Shards(leaf.axes, tuple(names))
@@ -103,8 +107,9 @@ def _on_a_device(
     def by_kernel(
         kernel: ModuleType, part: Any, interpret: bool, *arrays: jax.Array
     ) -> tuple[jax.Array, ...]:
-        grad, mu, nu, *offdiag = arrays
-        numbers = tiles.Numbers(s, eps.ravel(), noise)
+        grad, mu, nu, *offdiag = arrays[: len(arrays) - leaf.moves]
+        chains = None if moving is None else verbs.Move(*(x.ravel() for x in moving))
+        numbers = tiles.Numbers(s, eps.ravel(), noise, chains)
         edges, inside = tuple(offdiag), shards.names[leaf.batch_axes :]
         if leaf.relative:
             largest = kernel.largest_row_sums(
@@ -117,13 +122,15 @@ def _on_a_device(
             *(grad, mu, nu, edges, numbers),
             adam_eps=leaf.adam_eps,
             nesterov=leaf.nesterov,
+            param=arrays[-1] if leaf.moves else None,
             names=inside,
             interpret=interpret,
         )
         return mu, nu, *edges, *rest
 
     def by_verbs(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        grad, mu, nu, *offdiag = (x.astype(jnp.float32) for x in arrays)
+        held = arrays[: len(arrays) - leaf.moves]
+        grad, mu, nu, *offdiag = (x.astype(jnp.float32) for x in held)
         own, damped = tuple(range(len(batch), grad.ndim)), eps
         if leaf.relative:
             diag, edges = leaf.pattern.accumulate(grad, nu, tuple(offdiag), b2=s.b2, axes=shards)
@@ -137,17 +144,22 @@ def _on_a_device(
         both = new.direction, new.magnitude(leaf.adam_eps)
         squares = jnp.stack([jnp.sum(x * x, axis=own) for x in both], axis=-1)
         kept = _kept((new.nu, *new.offdiag), arrays[2].dtype, batch, noise)
-        return new.mu.astype(arrays[1].dtype), *kept, new.direction, squares.reshape(-1, 2)
+        moved = new.direction
+        if moving is not None:
+            along = verbs.Move(*(jnp.expand_dims(x, own) for x in moving))
+            moved = along(arrays[-1].astype(jnp.float32), moved).astype(arrays[-1].dtype)
+        return new.mu.astype(arrays[1].dtype), *kept, moved, squares.reshape(-1, 2)
 
     def by(kernel: ModuleType, *, interpret: bool) -> Callable[..., tuple[jax.Array, ...]]:
-        part = kernel.cut(grad.shape, leaf.batch_axes, leaf.axes, len(arrays) - 3)
+        part = kernel.cut(grad.shape, leaf.batch_axes, leaf.axes, len(arrays) - 3)  # g m d
         return by_verbs if part is None else functools.partial(by_kernel, kernel, part, interpret)
 
     kernel = _kernel()
     platforms = _GPUS if kernel is strips else ('tpu',)
     compiled = dict.fromkeys(platforms, by(kernel, interpret=False))
     elsewhere = by(kernel, interpret=True) if leaf.interpreted else by_verbs
-    results = lax.platform_dependent(*arrays, **compiled, default=elsewhere)
+    given = arrays if param is None else [*arrays, param]
+    results = lax.platform_dependent(*given, **compiled, default=elsewhere)
     *held, squares = results
     squares = squares.reshape(*batch, 2)
     if shards.cuts:
@@ -180,6 +192,8 @@ def one_pass(
     scalars: verbs.Scalars,
     eps: jax.Array,
     seeds: jax.Array,
+    param: jax.Array | None = None,
+    move: verbs.Move | None = None,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array, jax.Array]:
     """A step of a leaf, of which `placement.has_known_parts`.
 
@@ -192,22 +206,28 @@ def one_pass(
       scalars: decays, corrections, damping.
       eps: of each chain, (batch axes...), in place of theirs.
       seeds: of the rounding of d and each e, (1 + band, 2); (0, 2): to nearest.
+      param: p, where ``leaf.moves``, float32 or bfloat16; else None.
+      move: then of each chain, (batch axes...) twice.
 
     Returns:
-      The new m, d and e, of their dtypes, the direction u, and the sums of the squares of u and
-      of w over each chain, (batch axes..., 2), both float32.
+      The new m, d and e, of their dtypes; the direction u, float32, or the new p, of its dtype;
+      and the sums of the squares of u and of w over each chain, (batch axes..., 2), float32.
     """
     stacked = jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])
     arrays, ahead = [grad, mu, nu, *offdiag], leaf.batch_axes
+    results = len(arrays)
+    if param is not None:
+        arrays.append(param)
     chains = placement.Follower(grad.shape[:ahead], tuple(range(ahead)))
-    squares = placement.Follower((*grad.shape[:ahead], 2), (*range(ahead), None))
-    mu, nu, *held, direction, sums = placement.on_each_part(
+    pairs = placement.Follower((*grad.shape[:ahead], 2), (*range(ahead), None))
+    mu, nu, *held, moved, sums = placement.on_each_part(
         functools.partial(_on_a_device, leaf, grad.shape),
         grad,
-        [*[placement.like(grad)] * len(arrays), squares],
+        [*[placement.like(grad)] * results, pairs],
         *[(x, placement.like(grad)) for x in arrays],
         (stacked, placement.Follower(stacked.shape, (None,))),
         (eps.astype(jnp.float32), chains),
         (seeds, placement.Follower(seeds.shape, (None, None))),
+        *[(x.astype(jnp.float32), chains) for x in move or ()],
     )
-    return mu, nu, tuple(held), direction, sums
+    return mu, nu, tuple(held), moved, sums

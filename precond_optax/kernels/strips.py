@@ -22,7 +22,7 @@ import numpy as np
 from jax.extend import core
 
 from precond_optax.kernels import chain, diagonal, rounding, verbs
-from precond_optax.kernels.tiles import Noise, Numbers
+from precond_optax.kernels.tiles import Numbers, of_chain
 
 MAX_BAND = 8
 _ROWS = (128, 64, 32)  # of a strip: the rows at its ends move three times more
@@ -99,28 +99,31 @@ def step(
     *,
     adam_eps: float | None,
     nesterov: bool = False,
+    param: jax.Array | None = None,
     names: Sequence[tuple[str, ...]] = (),
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array, jax.Array]:
     """The verbs of a pattern, and the squares of what is grafted: as `tiles.step`."""
-    arrays = [grad, mu, nu, *offdiag]
+    arrays, last = [grad, mu, nu, *offdiag], jnp.dtype(jnp.float32)
+    written = [*(x.dtype for x in arrays[1:]), last if param is None else param.dtype]
+    if param is not None:
+        arrays.append(param)
 
-    def made(s: verbs.Scalars, grad: Any, mu: Any, nu: Any, *edges: Any) -> tuple[Any, ...]:
+    def made(
+        s: verbs.Scalars, move: verbs.Move | None, grad: Any, mu: Any, nu: Any, *rest: Any
+    ) -> tuple[Any, ...]:
+        edges = rest[: leaf.band]
         axes = chain.Tile(_shifted)
         new = verbs.step(pattern, grad, mu, nu, edges, s, nesterov=nesterov, axes=axes)
-        return new.mu, new.nu, *new.offdiag, new.direction, new.magnitude(adam_eps)
+        sized = new.direction, new.magnitude(adam_eps)
+        kept = new.mu, new.nu, *new.offdiag
+        return *kept, *(sized if move is None else (move(rest[leaf.band], new.direction), *sized))
 
-    *new, direction, sums = _in_strips(
-        made,
-        leaf,
-        numbers,
-        arrays,
-        names,
-        written=[*(x.dtype for x in arrays[1:]), jnp.dtype(jnp.float32)],
-        interpret=interpret,
+    *new, sums = _in_strips(
+        made, leaf, numbers, arrays, names, written=written, interpret=interpret
     )
-    new_mu, new_nu, *edges, direction = (x.reshape(grad.shape) for x in (*new, direction))
-    return new_mu, new_nu, tuple(edges), direction, jnp.sum(sums, axis=(1, 3))
+    new_mu, new_nu, *edges, moved = (x.reshape(grad.shape) for x in new)
+    return new_mu, new_nu, tuple(edges), moved, jnp.sum(sums, axis=(1, 3))
 
 
 def largest_row_sums(
@@ -136,12 +139,13 @@ def largest_row_sums(
 ) -> jax.Array:
     """The largest absolute row sums of the new second moments: as `tiles.largest_row_sums`."""
 
-    def made(s: verbs.Scalars, grad: Any, nu: Any, *edges: Any) -> tuple[Any]:
+    def made(s: verbs.Scalars, move: None, grad: Any, nu: Any, *edges: Any) -> tuple[Any]:
+        del move
         axes = chain.Tile(_shifted)
         diag, new = pattern.accumulate(grad, nu, edges, b2=s.b2, axes=axes)
         return (diagonal.row_sums(diag, new, axes),)
 
-    numbers = numbers._replace(noise=None)
+    numbers = numbers._replace(noise=None, move=None)
     arrays = [grad, nu, *offdiag]
     (largest,) = _in_strips(made, leaf, numbers, arrays, names, written=[], interpret=interpret)
     return jnp.max(largest, axis=(1, 2, 3))
@@ -160,14 +164,14 @@ def _in_strips(
     """Runs what makes results of arrays on each strip, row by row.
 
     Args:
-      made: of scalars and arrays: results.
+      made: of scalars, how the parameters move, and arrays: results.
       leaf: how the arrays are cut.
       numbers: see `tiles.Numbers`.
       arrays: of the leaf's shape.
       names: as in `tiles.step`.
-      written: dtypes of the results that are written: all but the last of ``made``, and of these
-        all but the last where the arrays after the first were. None are: only one is
-        made, and of it the largest of each column.
+      written: dtypes of the first results, which are written, where the arrays after the first
+        were as far as there are such. None are: only one is made, and of it the largest of each
+        column.
       interpret: whether JAX runs the kernel step by step, on any backend.
 
     Returns:
@@ -182,10 +186,8 @@ def _in_strips(
     strips, columns = pl.cdiv(leaf.rows, leaf.strip), _columns(leaf.rest, leaf.band)
     borders = _borders(arrays, leaf, names).reshape(leaf.batch, strips, -1, whole)
     arrays = [x.reshape(leaf.batch, leaf.rows, whole) for x in arrays]
-    wide, ends = jnp.float32, borders.shape[2]
-    given = [jnp.stack([jnp.asarray(x, wide) for x in numbers.scalars]), numbers.eps]
-    if numbers.noise is not None:
-        given += [numbers.noise.seeds, numbers.noise.starts]
+    given, ends = numbers.arrays, borders.shape[2]
+    in_place = min(len(written), len(arrays) - 1)
     own = pl.BlockSpec((1, leaf.strip, columns), lambda j, i, b: (b, i, j))
     sums = 2 if written else 1
 
@@ -193,7 +195,7 @@ def _in_strips(
         return pl.BlockSpec((1, 1, count, columns), lambda j, i, b: (b, i, 0, j))
 
     return pl.pallas_call(
-        functools.partial(_go_down, made, leaf, numbers.noise, len(arrays), len(written)),
+        functools.partial(_go_down, made, leaf, numbers, len(arrays), len(written)),
         grid=(pl.cdiv(whole, columns), strips, leaf.batch),
         in_specs=[
             *(pl.BlockSpec(x.shape, lambda *_, n=x.ndim: (0,) * n) for x in given),
@@ -203,9 +205,9 @@ def _in_strips(
         out_specs=[*[own] * len(written), beside(sums)],
         out_shape=[
             *(jax.ShapeDtypeStruct(arrays[0].shape, dtype) for dtype in written),
-            jax.ShapeDtypeStruct((leaf.batch, strips, sums, whole), wide),
+            jax.ShapeDtypeStruct((leaf.batch, strips, sums, whole), jnp.float32),
         ],
-        input_output_aliases={len(given) + 2 + i: i for i in range(len(written) - 1)},
+        input_output_aliases={len(given) + 2 + i: i for i in range(in_place)},
         interpret=interpret,
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
     )(*given, borders, *arrays)
@@ -242,7 +244,7 @@ def _borders(
 def _go_down(
     made: Callable[..., Any],
     leaf: Cut,
-    noise: Noise | None,
+    passed: Numbers,
     read: int,
     write: int,
     *refs: Any,
@@ -251,13 +253,12 @@ def _go_down(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    count, band = (2 if noise is None else 4), leaf.band
-    (numbers, eps, *drawn), (beside, *arrays) = refs[:count], refs[count:]
+    noise, band = passed.noise, leaf.band
+    given = of_chain(refs, pl.program_id(2), noise is not None, passed.move is not None)
+    beside, *arrays = refs[given.refs :]
     arrays, results, sums = arrays[:read], arrays[read:-1], arrays[-1]
     if write:  # read where it is written, so that what comes too late is seen if interpreted, too
-        arrays = [arrays[0], *results[:-1]]
-    s = verbs.Scalars(*(numbers[i] for i in range(len(verbs.Scalars._fields))))
-    s = s._replace(eps=eps[pl.program_id(2)], relative_eps=0.0)
+        arrays = [arrays[0], *results[: read - 1]]
     columns = sums.shape[-1]
     column = pl.program_id(0) * columns + jnp.arange(columns, dtype=jnp.int32)
     here = column < math.prod(leaf.rest)
@@ -266,8 +267,7 @@ def _go_down(
     rows = jnp.minimum(leaf.strip, leaf.rows - first) if last_is_shorter else leaf.strip
 
     if noise is not None:
-        start = drawn[1][pl.program_id(2)]
-        of_columns = start + _positions(column, leaf.rest, noise.strides[1:])
+        of_columns = given.start + _positions(column, leaf.rest, noise.strides[1:])
 
     def row_of(ref: Any, *index: Any) -> Any:
         return ref.at[(*(jnp.int32(at) for at in (0, *index)), slice(None))]
@@ -286,11 +286,11 @@ def _go_down(
         if noise is None or results[i].dtype == jnp.float32 or not 0 < i < write - 1:
             return x
         row = (first + r).astype(jnp.uint32) * jnp.uint32(noise.strides[0] % 2**32)
-        seeds = [drawn[0][i - 1, k] for k in range(2)]
+        seeds = [given.seeds[i - 1, k] for k in range(2)]
         return rounding.round_by(rounding.bits(seeds, of_columns + row), x)
 
     row = jax.ShapeDtypeStruct((columns,), jnp.float32)
-    program = jax.make_jaxpr(functools.partial(made, s))(*[row] * read)
+    program = jax.make_jaxpr(functools.partial(made, given.scalars, given.move))(*[row] * read)
 
     def down(r: Any, ahead: Sequence[jax.Array], state: Any, is_own: bool) -> Any:
         """One row; ``ahead`` is the one ``band`` rows further on, of each array."""

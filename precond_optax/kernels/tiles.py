@@ -7,6 +7,9 @@ grafting needs are written. Beside those few rows a step reads g, m, d, e and wr
 the state in place: 32 bytes for each float32 parameter where the pattern is tridiagonal. What is
 kept in bfloat16 is read and written so, rounded in the kernel.
 
+Where it is known beforehand how far the parameters go along the direction, these are read and
+written too, in place of the direction: 36 bytes in all, what is else 44.
+
 How a leaf is cut into tiles is in `kernels/cuts.py`. What is beside a tile is cut out before the
 kernel runs, as it overwrites what it has read.
 """
@@ -45,11 +48,50 @@ class Numbers(NamedTuple):
       scalars: those of the verbs.
       eps: of each chain, (batch,), in place of theirs.
       noise: None: bfloat16 is rounded to nearest.
+      move: of each chain, (batch,) twice. None: the parameters are not moved.
     """
 
     scalars: verbs.Scalars
     eps: jax.Array
     noise: Noise | None = None
+    move: verbs.Move | None = None
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """As a kernel takes them; `of_chain` has the inverse."""
+        given = [jnp.stack([jnp.asarray(x, jnp.float32) for x in self.scalars]), self.eps]
+        if self.noise is not None:
+            given += [self.noise.seeds, self.noise.starts]
+        return given if self.move is None else [*given, *self.move]
+
+
+class Given(NamedTuple):
+    """In a kernel: the numbers of one chain.
+
+    Attributes:
+      scalars: with the chain's eps.
+      seeds: a reference; None: no noise.
+      start: of the chain's noise.
+      move: None: the parameters are not moved.
+      refs: how many references they took.
+    """
+
+    scalars: verbs.Scalars
+    seeds: Any
+    start: Any
+    move: verbs.Move | None
+    refs: int
+
+
+def of_chain(refs: Sequence[Any], chain: Any, noisy: bool, moves: bool) -> Given:
+    """What `Numbers.arrays` say of a chain; ``refs`` are theirs, and whatever follows."""
+    (numbers, eps), rest = refs[:2], refs[2:]
+    s = verbs.Scalars(*(numbers[i] for i in range(len(verbs.Scalars._fields))))
+    seeds, start = (rest[0], rest[1][chain]) if noisy else (None, None)
+    own = rest[2:4] if noisy else rest[:2]
+    move = verbs.Move(own[0][chain], own[1][chain]) if moves else None
+    s = s._replace(eps=eps[chain], relative_eps=0.0)
+    return Given(s, seeds, start, move, 2 + 2 * noisy + 2 * moves)
 
 
 def step(
@@ -63,6 +105,7 @@ def step(
     *,
     adam_eps: float | None,
     nesterov: bool = False,
+    param: jax.Array | None = None,
     names: Sequence[tuple[str, ...]] = (),
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array, jax.Array]:
@@ -78,33 +121,35 @@ def step(
       numbers: decays, corrections, damping; how d and e are rounded.
       adam_eps: w is Adam's direction with this epsilon; None: the bias-corrected m.
       nesterov: as in `verbs.step`.
+      param: p, which ``numbers.move`` moves along the direction; None: it is not moved.
       names: in a manual region, the axes of the mesh that share out each axis of the leaf but
         batch axes.
       interpret: True: JAX runs the kernel step by step, on any backend; also ``pallas_call``'s
         ``InterpretParams``, with a TPU's memory.
 
     Returns:
-      The new m, d and e, of their dtypes, the direction u, and the sums of the squares of u and
-      of w over each chain, (batch, 2), both float32.
+      The new m, d and e, of their dtypes; the direction u, float32, or the new p, of its dtype;
+      and the sums of the squares of u and of w over each chain, (batch, 2), float32.
     """
     strides: tuple[int, ...] | None = None
     if numbers.noise is not None:
         strides = leaf.strides(numbers.noise.strides)
     arrays = grad, mu, nu, *offdiag
-    wide = jnp.float32
-    *new, direction, squares = _in_tiles(
-        functools.partial(_step, pattern, leaf, adam_eps, nesterov, strides),
+    last = jnp.float32 if param is None else param.dtype
+    *new, moved, squares = _in_tiles(
+        functools.partial(_step, pattern, leaf, adam_eps, nesterov, strides, param is not None),
         leaf,
         numbers,
         arrays,
         names,
-        written=(*(x.dtype for x in arrays[1:]), wide),
+        alone=() if param is None else (param,),
+        written=(*(x.dtype for x in arrays[1:]), last),
         sums=2,
         fold=cuts.SUM,
         interpret=interpret,
     )
     new_mu, new_nu, *edges = new
-    return new_mu, new_nu, tuple(edges), direction, squares
+    return new_mu, new_nu, tuple(edges), moved, squares
 
 
 def largest_row_sums(
@@ -137,7 +182,7 @@ def largest_row_sums(
     """
     kernel = functools.partial(_row_sums, pattern, leaf)
     arrays = grad, nu, *offdiag
-    numbers = numbers._replace(noise=None)
+    numbers = numbers._replace(noise=None, move=None)
     (largest,) = _in_tiles(
         kernel,
         leaf,
@@ -159,6 +204,7 @@ def _in_tiles(
     arrays: Sequence[jax.Array],
     names: Sequence[tuple[str, ...]],
     *,
+    alone: Sequence[jax.Array] = (),
     written: Sequence[Any],
     sums: int,
     fold: cuts.Fold,
@@ -167,14 +213,15 @@ def _in_tiles(
     """Runs a kernel on each tile, with what is beside it.
 
     Args:
-      kernel: of references to the numbers; to a tile of each array; to what is beside it; to a
-        tile of each result, and to its numbers.
+      kernel: of references to the numbers; to a tile of each array, then of those alone; to what
+        is beside it; to a tile of each result, and to its numbers.
       leaf: how the arrays are cut.
       numbers: see there.
       arrays: of the leaf's shape.
       names: as in `step`.
-      written: the results' dtypes; all but the last are written where the arrays after the first
-        were.
+      alone: further arrays, of which the kernel does not see what is beside a tile.
+      written: the results' dtypes; they are written where the arrays after the first were, and
+        those alone, as far as there are such.
       sums: how many numbers the kernel makes of a tile.
       fold: how those of all tiles become one.
       interpret: as in `step`.
@@ -190,11 +237,10 @@ def _in_tiles(
     # Mosaic's rotations and index maps want 32 bits.
     with jax.enable_x64(False):
         seen, borders = leaf.operands(arrays, names, interpret)
+        seen += [leaf.seen(x) for x in alone]
         blocks = leaf.blocks(len(borders), sums)
-        wide = jnp.float32
-        given = [jnp.stack([jnp.asarray(x, wide) for x in numbers.scalars]), numbers.eps]
-        if numbers.noise is not None:
-            given += [numbers.noise.seeds, numbers.noise.starts]
+        given = numbers.arrays
+        in_place = min(len(written), len(seen) - 1)
         *results, parts = pl.pallas_call(
             kernel,
             grid=blocks.grid,
@@ -206,9 +252,9 @@ def _in_tiles(
             out_specs=[*[blocks.own] * len(written), blocks.sums],
             out_shape=[
                 *(jax.ShapeDtypeStruct(seen[0].shape, dtype) for dtype in written),
-                jax.ShapeDtypeStruct(blocks.shape, wide),
+                jax.ShapeDtypeStruct(blocks.shape, jnp.float32),
             ],
-            input_output_aliases={len(given) + 1 + i: i for i in range(len(written) - 1)},
+            input_output_aliases={len(given) + 1 + i: i for i in range(in_place)},
             interpret=interpret,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=[cuts.PARALLEL] * len(blocks.grid)
@@ -236,31 +282,35 @@ def _step(
     adam_eps: float | None,
     nesterov: bool,
     strides: tuple[int, ...] | None,
+    moves: bool,
     *refs: Any,
 ) -> None:
-    """Of a tile: ``refs`` are numbers; g m d e; what is beside it; the results.
+    """Of a tile.
 
-    The numbers are the scalars, eps and, with strides, seeds and starts of the noise.
+    ``refs`` are `Numbers.arrays`; g m d e, and p if it moves; what is beside it; the results.
     """
     from jax.experimental import pallas as pl
 
-    count, read = (2 if strides is None else 4), 3 + leaf.band
-    (numbers, eps, *drawn), arrays = refs[:count], refs[count:]
-    results, squares = arrays[-read - 1 : -1], arrays[-1]
-    owns, borders = arrays[:read], arrays[read : -read - 1]
-    s = verbs.Scalars(*(numbers[i] for i in range(len(verbs.Scalars._fields))))
-    s = s._replace(eps=eps[pl.program_id(0)], relative_eps=0.0)
+    given = of_chain(refs, pl.program_id(0), strides is not None, moves)
+    read, write = 3 + leaf.band, 3 + leaf.band
+    arrays = refs[given.refs :]
+    owns, borders = arrays[:read], arrays[read + moves : -write - 1]
+    results, squares = arrays[-write - 1 : -1], arrays[-1]
     axes, own = chain.Tile(leaf.roll), leaf.own
     grad, mu, nu, *offdiag = leaf.widened(owns, borders)
-    new = verbs.step(pattern, grad, mu, nu, tuple(offdiag), s, nesterov=nesterov, axes=axes)
+    new = verbs.step(
+        pattern, grad, mu, nu, tuple(offdiag), given.scalars, nesterov=nesterov, axes=axes
+    )
     magnitude = new.magnitude(adam_eps)
     results[0][0] = own(new.mu).astype(results[0].dtype)
-    results[-1][0] = own(new.direction)
+    moved = own(new.direction)
+    if given.move is not None:
+        moved = given.move(arrays[read][0].astype(jnp.float32), moved)
+    results[-1][0] = moved.astype(results[-1].dtype)
     if strides is not None:
-        seeds, starts = drawn
         sizes = owns[0].shape[1:]
         at = [pl.program_id(1 + axis) * size for axis, size in enumerate(sizes)]
-        start = starts[pl.program_id(0)] + sum(
+        start = given.start + sum(
             n.astype(jnp.uint32) * jnp.uint32(by % 2**32)
             for n, by in zip(at, strides, strict=True)
         )
@@ -269,7 +319,7 @@ def _step(
         if strides is None or result.dtype == jnp.float32:
             result[0] = own(x).astype(result.dtype)
         else:
-            drawn_bits = rounding.bits([seeds[i, 0], seeds[i, 1]], index)
+            drawn_bits = rounding.bits([given.seeds[i, 0], given.seeds[i, 1]], index)
             result[0] = rounding.round_by(drawn_bits, own(x))
     for i, x in enumerate((own(new.direction), own(magnitude))):
         leaf.put(squares, i, x * x, cuts.SUM)

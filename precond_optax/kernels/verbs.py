@@ -1,7 +1,7 @@
 """SONew's step of one leaf: the verbs of a pattern, on a whole leaf, a part of it or a tile."""
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,17 @@ class Scalars(NamedTuple):
         """The bias-corrected mean; with ``nesterov`` of the step ahead, g in for its gradient."""
         corrected = mu * self.mu_correction
         return corrected + grad * self.grad_correction if nesterov else corrected
+
+
+class Move(NamedTuple):
+    """A step of the parameters, ``p <- keep p + step u``: numbers, or one for each chain."""
+
+    keep: Any
+    step: Any
+
+    def __call__(self, param: jax.Array, direction: jax.Array) -> jax.Array:
+        """The parameters, moved."""
+        return self.keep * param + self.step * direction
 
 
 class Stepped(NamedTuple):

@@ -11,9 +11,22 @@ from precond_optax.kernels import banded, chain, diagonal, tiles, tridiagonal, v
 SCALARS = verbs.Scalars(0.9, 0.8, 1 / (1 - 0.9**3), 1 / (1 - 0.8**3), 0.1, 1e-7, 0.3)
 
 
-def numbers(batch=1):
-    """With an eps for each chain."""
-    return tiles.Numbers(SCALARS, SCALARS.eps * (1 + jnp.arange(batch)))
+def numbers(batch=1, moves=False):
+    """With an eps for each chain, and how far it moves the parameters."""
+    chains = 1 + jnp.arange(batch)
+    move = verbs.Move(1 - 0.1 * chains, -0.2 * chains) if moves else None
+    return tiles.Numbers(SCALARS, SCALARS.eps * chains, move=move)
+
+
+def moved(param, direction, batch_axes):
+    """The parameters after such a move."""
+    shape = param.shape
+    batch = shape[:batch_axes]
+    keep, step = (
+        x.reshape(*batch, *(1 for _ in shape[batch_axes:]))
+        for x in numbers(math.prod(batch), moves=True).move
+    )
+    return keep * param + step * direction
 
 
 def scalars(shape, batch_axes):

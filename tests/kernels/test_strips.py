@@ -13,6 +13,7 @@ from tests.kernels.steps import (
     assert_near,
     by_verbs,
     largest_row_sums,
+    moved,
     numbers,
     pattern_of,
     scalars,
@@ -54,6 +55,32 @@ def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
     assert_near(got, by_verbs(pattern, axes, batch_axes, *given, s, **how))
 
 
+@pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'axes', 'band', 'dtype'),
+    [
+        (*case, 'bfloat16' if i % 3 else 'float32')
+        for i, case in enumerate([*CASES[:5], *CASES[7:11], CASES[-1]])
+    ],
+)
+def test_parameters_are_moved(shape, batch_axes, axes, band, dtype, rng):
+    """Each chain by its own numbers; all else is as without."""
+    leaf, pattern = strips.cut(shape, batch_axes, axes, band), pattern_of(band)
+    given = arrays(rng, shape, axes, band)
+    param = jnp.asarray(rng.normal(size=shape), dtype)
+    how = dict(adam_eps=1e-8, nesterov=False)
+    both = numbers(leaf.batch, moves=True)
+    got = strips.step(pattern, leaf, *given, both, **how, param=param, interpret=True)
+    *held, direction, squares = by_verbs(
+        pattern, axes, batch_axes, *given, scalars(shape, batch_axes), **how
+    )
+    expected = moved(param.astype(jnp.float32), direction, batch_axes)
+    assert got[3].dtype == dtype
+    assert_near((*got[:3], got[4]), (*held, squares))
+    rtol = 2e-5 if dtype == 'float32' else 2**-7
+    atol = 1e-5 * float(jnp.max(jnp.abs(expected)))
+    np.testing.assert_allclose(np.float32(got[3]), expected, rtol=rtol, atol=atol)
+
+
 @each_case
 def test_largest_row_sums_are_those_of_the_whole(shape, batch_axes, axes, band, rng):
     leaf, pattern = strips.cut(shape, batch_axes, axes, band), pattern_of(band)
@@ -83,8 +110,8 @@ def test_small_leaves_have_short_strips(monkeypatch):
     assert strips.cut((8, 2048, 2048), 1, (1, 2), 1).strip == 128
 
 
-@pytest.mark.parametrize(('band', 'moved'), [(1, 3), (4, 9)])
-def test_a_strip_s_end_is_no_end_of_the_chain(band, moved, rng):
+@pytest.mark.parametrize(('band', 'count'), [(1, 3), (4, 9)])
+def test_a_strip_s_end_is_no_end_of_the_chain(band, count, rng):
     """A gradient in one row alone moves the rows beside it, in other strips too."""
     shape, axes = (48, 3), (0, 1)
     leaf = strips.cut(shape, 0, axes, band)
@@ -104,7 +131,7 @@ def test_a_strip_s_end_is_no_end_of_the_chain(band, moved, rng):
         )[3]
         line = np.asarray(chain.to_line(direction, axes))
         assert np.flatnonzero(line).tolist() == [
-            shape[0] + row + k for k in range(-(moved // 2), moved // 2 + 1)
+            shape[0] + row + k for k in range(-(count // 2), count // 2 + 1)
         ]
 
 

@@ -13,6 +13,7 @@ from tests.kernels.steps import (
     assert_near,
     by_verbs,
     largest_row_sums,
+    moved,
     numbers,
     pattern_of,
     scalars,
@@ -83,6 +84,32 @@ def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
     assert_near(got, by_verbs(pattern, axes, batch_axes, *given, s, **how))
 
 
+@pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'axes', 'band', 'dtype'),
+    [
+        (*case, 'bfloat16' if i % 3 else 'float32')
+        for i, case in enumerate([*CASES[1:3], *CASES[5:10], *ACROSS[1:9:2], *ACROSS[-3:]])
+    ],
+)
+def test_parameters_are_moved(shape, batch_axes, axes, band, dtype, rng):
+    """Each chain by its own numbers; all else is as without."""
+    leaf, pattern = tiles.cut(shape, batch_axes, axes, band), pattern_of(band)
+    given = arrays(rng, shape, axes, band)
+    param = jnp.asarray(rng.normal(size=shape), dtype)
+    how = dict(adam_eps=1e-8, nesterov=False)
+    both = numbers(leaf.batch, moves=True)
+    got = tiles.step(pattern, leaf, *given, both, **how, param=param, interpret=True)
+    *held, direction, squares = by_verbs(
+        pattern, axes, batch_axes, *given, scalars(shape, batch_axes), **how
+    )
+    expected = moved(param.astype(jnp.float32), direction, batch_axes)
+    assert got[3].dtype == dtype
+    assert_near((*got[:3], got[4]), (*held, squares))
+    rtol = 2e-5 if dtype == 'float32' else 2**-7
+    atol = 1e-5 * float(jnp.max(jnp.abs(expected)))
+    np.testing.assert_allclose(np.float32(got[3]), expected, rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize('rows', [8, 9, 13, 15, 16, 17, 100, 1000])
 @pytest.mark.parametrize('band', [0, 1, 4, 8])
 def test_tiles_have_room(rows, band):
@@ -120,25 +147,31 @@ def test_largest_row_sums_are_those_of_the_whole(shape, batch_axes, axes, band, 
 
 
 @pytest.mark.parametrize(
-    ('shape', 'batch_axes', 'axes', 'band'),
+    ('shape', 'batch_axes', 'axes', 'band', 'moves'),
     [
-        ((96, 256), 0, (0, 1), 1),
-        ((2, 48, 128), 1, (1, 2), 4),
-        pytest.param((160, 16, 128), 0, (0, 1, 2), 1, marks=pytest.mark.slow),
-        ((24, 512), 0, (1, 0), 1),
-        ((3, 16, 256), 0, (2, 1, 0), 4),
-        pytest.param((128, 16, 64), 0, (0, 1, 2), 2, marks=pytest.mark.slow),
+        ((96, 256), 0, (0, 1), 1, False),
+        ((96, 256), 0, (0, 1), 1, True),
+        ((2, 48, 128), 1, (1, 2), 4, True),
+        pytest.param((160, 16, 128), 0, (0, 1, 2), 1, False, marks=pytest.mark.slow),
+        ((24, 512), 0, (1, 0), 1, True),
+        ((3, 16, 256), 0, (2, 1, 0), 4, False),
+        pytest.param((128, 16, 64), 0, (0, 1, 2), 2, True, marks=pytest.mark.slow),
     ],
 )
-def test_in_a_tpu_s_memory(shape, batch_axes, axes, band, rng):
+def test_in_a_tpu_s_memory(shape, batch_axes, axes, band, moves, rng):
     """Tiles in any order, results where arguments are, copies that wait, memory full of NaN."""
     leaf = tiles.cut(shape, batch_axes, axes, band)
     pattern = pattern_of(band)
     given = arrays(rng, shape, axes, band)
     memory = pltpu.InterpretParams(uninitialized_memory='nan', random_seed=1)
-    got = tiles.step(pattern, leaf, *given, numbers(leaf.batch), adam_eps=1e-8, interpret=memory)
+    both, param = numbers(leaf.batch, moves=True), given[0] - 1
+    how = dict(adam_eps=1e-8, param=param if moves else None, interpret=memory)
+    got = tiles.step(pattern, leaf, *given, both if moves else numbers(leaf.batch), **how)
     s = scalars(shape, batch_axes)
-    assert_near(got, by_verbs(pattern, axes, batch_axes, *given, s, 1e-8))
+    expected = list(by_verbs(pattern, axes, batch_axes, *given, s, 1e-8))
+    if moves:
+        expected[3] = moved(param, expected[3], batch_axes)
+    assert_near(got, tuple(expected))
     grad, _, nu, edges = given
     largest = tiles.largest_row_sums(
         pattern, leaf, grad, nu, edges, numbers(leaf.batch), interpret=memory
@@ -173,12 +206,12 @@ def test_a_tile_s_border_is_no_end_of_the_chain(band, rng):
         )[3]
         line = np.asarray(chain.to_line(direction, axes)).reshape(shape[1], shape[0])
         middle = line[64]
-        moved = {(row + k) % shape[0] for k in range(-band, band + 1)}
-        across = {r for r in moved if abs(r - row) > band}  # in the column beside
-        assert set(np.flatnonzero(middle)) == moved - across | {
+        near = {(row + k) % shape[0] for k in range(-band, band + 1)}
+        across = {r for r in near if abs(r - row) > band}  # in the column beside
+        assert set(np.flatnonzero(middle)) == near - across | {
             r for r in across if np.any(line[[63, 65]][:, r])
         }
-        assert all(middle[r] != 0 for r in moved - across)
+        assert all(middle[r] != 0 for r in near - across)
 
 
 @pytest.mark.parametrize('band', [1, 4])
