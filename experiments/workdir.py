@@ -29,6 +29,7 @@ ADDED: dict[str, Any] = {
     'optimizer.schedules': {},
     'optimizer.layout': [],
     'optimizer.mean_eps': None,
+    'optimizer.delayed_graft': False,
 }
 PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'numpy', 'orbax-checkpoint', 'precond_optax')
 
