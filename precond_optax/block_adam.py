@@ -195,19 +195,18 @@ def _step(
     """A leaf's direction, how many of its roots failed, its second moments and its roots."""
     moment = mini_block.accumulate(how.blocks.split(grad), moment, decay=b2)
 
-    def fresh() -> tuple[jax.Array, jax.Array]:
+    def take(moment: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
         hat = mini_block.square(moment / (1 - b2**count))
         roots, failed = matrix_root.inverse_root(hat, eps, how.root, how.rounding)
-        last = kept[0] if kept else 0
         roots = jnp.where(failed[..., None], last, roots.reshape(moment.shape))
         return roots, jnp.sum(failed, dtype=jnp.float32)
 
     if kept:
-        now = leafwise.is_turn(count, how.root_every, turn)
-        none = jnp.zeros([], jnp.float32)
-        roots, failed = jax.lax.cond(now, fresh, lambda: (kept[0], none))
+        roots, failed = mini_block.in_turns(
+            take, moment, kept[0], count=count, turn=turn, every=how.root_every
+        )
     else:
-        roots, failed = fresh()
+        roots, failed = take(moment, jnp.zeros([], moment.dtype))
     direction = how.blocks.join(mini_block.apply(roots, how.blocks.split(mu_hat)))
     return direction, failed, moment, *(roots for _ in kept)
 
@@ -260,7 +259,7 @@ def block_adam(
         ``optax.inject_hyperparams`` all floats may be traced; name the integers block_size and
         root_every in ``static_args``, and there also what you give of dtypes, layout functions
         or masks.
-      root_every: steps between two roots of a leaf, >= 1. The first is taken in the first step;
+      root_every: steps between two roots of a group, >= 1. The first is taken in the first step;
         leaves take turns, so that no step does all.
       root: 'eigh', the eigendecomposition; 'newton_schulz', matrix products alone; or 'auto',
         which is the second on TPUs and the first elsewhere.

@@ -233,7 +233,7 @@ def _step(
         direction = mini_block.apply(held, mini_block.apply(held, groups, transpose=True))
         return how.blocks.join(direction), none, held
 
-    def fresh() -> tuple[jax.Array, jax.Array]:
+    def take(held: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
         matrices = mini_block.square(held)
         if decay is None:
             roots, _ = matrix_root.polar_root(matrices, how.newton_schulz_steps)
@@ -242,13 +242,14 @@ def _step(
             _, roots, _ = matrix_root.newton_schulz(shifted, how.newton_schulz_steps)
         roots = roots.reshape(held.shape)
         failed = ~jnp.all(jnp.isfinite(roots), axis=-1, keepdims=True)
-        return jnp.where(failed, kept[0], roots), jnp.sum(failed, dtype=jnp.float32)
+        return jnp.where(failed, last, roots), jnp.sum(failed, dtype=jnp.float32)
 
     if how.root_every == 1:
-        roots, failed = fresh()
+        roots, failed = take(held, kept[0])
     else:
-        now = leafwise.is_turn(count, how.root_every, turn)
-        roots, failed = jax.lax.cond(now, fresh, lambda: (kept[0], none))
+        roots, failed = mini_block.in_turns(
+            take, held, kept[0], count=count, turn=turn, every=how.root_every
+        )
     direction = mini_block.apply(roots, groups)
     if not how.root:
         direction = mini_block.apply(roots, direction)
@@ -306,9 +307,10 @@ def mbag(
         ``optax.inject_hyperparams`` all floats may be traced; name the integers block_size,
         root_every and newton_schulz_steps in ``static_args``, and there also what you give of
         dtypes, layout functions or masks.
-      root_every: steps between two roots of a leaf, >= 1. The first is taken in the first step.
-        Leaves take turns, so that no step does all; the largest one's steps are 1, 1 +
-        root_every, and so on. Groups of one entry have theirs in each step. The first root, of
+      root_every: steps between two roots of a group, >= 1. The first is taken in the first step.
+        Leaves take turns, and so do the groups of leaves with a thousand or more, so that no step
+        but the first does all; a smaller leaf's steps are 1, 1 + root_every, and so on, or some
+        later. Groups of one entry have theirs in each step. The first root, of
         one gradient, has the size of damping in all other directions: where that is far below
         squared gradients, steps are long until the second.
       newton_schulz_steps: of the iteration, >= 1. n of them resolve eigenvalues down to about

@@ -10,6 +10,7 @@ import pytest
 
 import precond_optax
 from precond_optax import LeafRule
+from precond_optax.kernels import mini_block
 from tests import oracles
 from tests.checks import random_tree
 
@@ -199,6 +200,40 @@ def test_leaves_take_turns_with_their_roots():
     assert changes[0] == set(shapes)
     turns = [{'large'}, {'middle'}, {'small'}]
     assert changes[1:] == [turns[step % 3] for step in range(1, 7)]
+
+
+@pytest.mark.parametrize(('every', 'slices'), [(3, 3), (5, 5), (4, 3), (2, 1)])
+def test_groups_take_turns_with_their_roots(every, slices, monkeypatch):
+    """Each has a new one in the first step and then in one out of `every`, the same for it."""
+    monkeypatch.setattr(mini_block, '_FEWEST', 1)
+    tx = scale_by(block_size=4, root_every=every, newton_schulz_steps=40)
+    params = jnp.zeros((8, 15))  # 15 outputs of two groups
+    state, changed = tx.init(params), []
+    grads = gradients((8, 15), 2 * every + 1)
+    for grad in grads:
+        _, new = jax.jit(tx.update)(jnp.asarray(grad, jnp.float32), state)
+        changed.append(np.any(np.asarray(new.root != state.root), axis=-1))
+        state = new
+    assert changed[0].all()
+    for start in (1, 1 + every):
+        assert np.all(sum(step.astype(int) for step in changed[start : start + every]) == 1)
+    np.testing.assert_array_equal(changed[1 : 1 + every], changed[1 + every :])
+    numbers = [int(step.sum()) for step in changed[1 : 1 + every]]
+    assert sorted(numbers) == [0] * (every - slices) + [30 // slices] * slices
+
+
+def test_each_group_has_the_root_of_its_turn(monkeypatch):
+    """That of the statistics in the step that took it: of the oracle, group by group."""
+    monkeypatch.setattr(mini_block, '_FEWEST', 1)
+    every, shape = 5, (4, 15)
+    tx = scale_by(block_size=4, root_every=every, newton_schulz_steps=40, momentum=0.0)
+    grads = gradients(shape, 9)
+    found, _ = last_update(tx, grads)
+    for output in range(15):  # each is a group, of the slice output % 5, due in step 1 + that
+        last = max(t for t in range(1, 10) if t == 1 or (t - 1) % every == output % every)
+        moment = 0.01 * np.eye(4) + sum(np.outer(g[:, output], g[:, output]) for g in grads[:last])
+        expected = oracles.inverse_square_root(moment, 0.0) @ grads[-1][:, output]
+        np.testing.assert_allclose(found[:, output], expected, rtol=1e-8)
 
 
 def test_a_failed_root_keeps_the_last_one_and_is_counted():

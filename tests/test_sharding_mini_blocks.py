@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import precond_optax
 from precond_optax import LeafRule
+from precond_optax.kernels import mini_block
 from tests import checks
 from tests.compiled import collectives
 
@@ -31,13 +32,19 @@ WHOLE = [
     ((512, 64), {}, P(('x', 'y')), P(None, ('x', 'y'), None)),
     ((8, 64, 32), {'batch_axes': 1}, P('x', None, 'y'), P('x', 'y', None, None)),
 ]
+# Of so many groups that their roots are taken in several steps.
+MANY = [
+    ((512, 192), {}, P('y', 'x'), P('x', 'y', None)),
+    ((48, 6000), {}, P(None, ('x', 'y')), P(('x', 'y'), None)),
+]
 MBAG_ALONE = [
     ((48, 64), {}, P(None, ('x', 'y')), P(('x', 'y'), None)),  # two columns are three groups
     ((3, 3, 16, 8), {}, P(None, None, 'x', 'y'), P('y', 'x', None, None)),
     ((64, 8, 16), {}, P('y', 'x', None), P(None, 'x', 'y', None)),
 ]
 MADE = [
-    *((MBAG['sum'], *case) for case in WHOLE + MBAG_ALONE),
+    *((MBAG['sum'], *case) for case in WHOLE + MBAG_ALONE + MANY),
+    (MBAG['ema'], *MANY[0]),
     *((make, *WHOLE[0]) for make in (MBAG['ema'], MBAG['n'], *ADAM.values())),
     (ADAM['eigh'], *WHOLE[-1]),
 ]
@@ -75,6 +82,12 @@ def test_nothing_moves_where_shards_hold_whole_groups(make, shape, rule, spec, e
     # The count of failed roots is one number.
     found = collectives(compiled.as_text())
     assert set(found) <= {('all-reduce', 4)}, found
+
+
+def test_roots_of_many_groups_are_spread():
+    """In the cases that say so."""
+    assert mini_block.slices((192, 16), every=50) == (0, 3)
+    assert mini_block.slices((9000,), every=50) == (0, 45)
 
 
 @pytest.mark.parametrize('kind', KINDS, ids=str)

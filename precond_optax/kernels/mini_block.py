@@ -11,13 +11,18 @@ on a CPU a loop that reads them flat and writes them square, or the reverse, div
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from precond_optax import placement
 from precond_optax.kernels import matrix_root
+
+_FEWEST = 1024  # groups of a leaf whose roots are taken in several steps
+_DEVICES = 64  # that may share out an axis of groups, or as many as divide it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +125,81 @@ def partition(shape: Sequence[int], chain: Sequence[int], block_size: int) -> Bl
         size=size,
         padded=not whole,
     )
+
+
+def slices(batch: Sequence[int], every: int) -> tuple[int, int]:
+    """How the roots of a batch of groups are spread over steps: along which axis, in how many.
+
+    A slice is every n-th group along the axis, so that each device has its part of each slice:
+    where powers of two of them share it out, up to as many as 64.
+
+    Args:
+      batch: the groups' axes.
+      every: steps, the most slices.
+
+    Returns:
+      The axis and n.
+
+    Example:
+      >>> slices((2048, 16), every=50), slices((24_500,), every=50), slices((10, 2), every=50)
+      ((0, 32), (0, 49), (0, 1))
+    """
+    if math.prod(batch) < _FEWEST:
+        return 0, 1
+
+    def most(size: int) -> int:
+        kept = math.gcd(size, _DEVICES)
+        fits = (n for n in range(1, every + 1) if size % n == 0 and (size // n) % kept == 0)
+        return max(fits)
+
+    counts = [most(size) for size in batch]
+    # Not the last axis if others do: a TPU holds it in rows of eight.
+    axis = max(range(len(batch)), key=lambda i: (i < len(batch) - 1 and counts[i] > 1, counts[i]))
+    return axis, counts[axis]
+
+
+def in_turns(
+    take: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    held: jax.Array,
+    roots: jax.Array,
+    *,
+    count: jax.Array,
+    turn: jax.Array,
+    every: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Roots of the groups whose turn it is: a slice of them, but of all in the first step.
+
+    Args:
+      take: of some groups' statistics and their last roots, the new ones and how many failed.
+      held: statistics (..., tau * tau).
+      roots: the last roots, likewise.
+      count: the number of this step, from 1.
+      turn: of the leaf, whose first slice has its turn in step 1 + turn + every and so on.
+      every: steps from one root of a group to its next.
+
+    Returns:
+      The roots, and how many failed.
+    """
+    axis, parts = slices(held.shape[:-1], every)
+    due = np.full(every, -1, np.int32)
+    due[[n * every // parts for n in range(parts)]] = np.arange(parts)
+    own = jnp.asarray(due)[(count - 1 - turn) % every]
+    first = count == 1
+    start, stop = jnp.where(first, 0, jnp.maximum(own, 0)), jnp.where(first, parts, own + 1)
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:axis], -1, parts, *x.shape[axis + 1 :])
+
+    def body(n: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        whole, failed = state
+        of_turn = (lax.dynamic_index_in_dim(x, n, axis + 1, False) for x in (statistics, whole))
+        new, more = take(*of_turn)
+        return lax.dynamic_update_index_in_dim(whole, new, n, axis + 1), failed + more
+
+    # A loop of no step, of one or of all: with it nothing but a slice needs workspace, ever.
+    statistics, none = split(held), jnp.zeros([], jnp.float32)
+    whole, failed = lax.fori_loop(start, stop, body, (split(roots), none))
+    return whole.reshape(roots.shape), failed
 
 
 def square(flat: jax.Array) -> jax.Array:
