@@ -181,6 +181,10 @@ def in_turns(
       The roots, and how many failed.
     """
     axis, parts = slices(held.shape[:-1], every)
+    none = jnp.zeros([], jnp.float32)
+    if parts == 1:  # out of a loop, XLA would take roots that are the same in all its steps
+        now = (count == 1) | ((count - 1 - turn) % every == 0)
+        return lax.cond(now, take, lambda _, last: (last, none), held, roots)
     due = np.full(every, -1, np.int32)
     due[[n * every // parts for n in range(parts)]] = np.arange(parts)
     own = jnp.asarray(due)[(count - 1 - turn) % every]
@@ -197,7 +201,7 @@ def in_turns(
         return lax.dynamic_update_index_in_dim(whole, new, n, axis + 1), failed + more
 
     # A loop of no step, of one or of all: with it nothing but a slice needs workspace, ever.
-    statistics, none = split(held), jnp.zeros([], jnp.float32)
+    statistics = split(held)
     whole, failed = lax.fori_loop(start, stop, body, (split(roots), none))
     return whole.reshape(roots.shape), failed
 
