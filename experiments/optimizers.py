@@ -14,7 +14,7 @@ import optax.contrib
 import precond_optax
 from precond_optax import layout as layout_lib
 from precond_optax import leafwise
-from precond_optax.kernels import fused
+from precond_optax.kernels import calls
 
 FACTORIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     'adafactor': optax.adafactor,
@@ -39,7 +39,7 @@ def has_kernels(config: Mapping[str, Any]) -> bool:
     """Whether an optimizer goes through a kernel here, which the compiler cannot share out."""
     if 'impl' not in inspect.signature(FACTORIES[config['name']]).parameters:
         return False
-    return fused.is_wanted(config.get('impl', 'auto'))
+    return calls.is_wanted(config.get('impl', 'auto'))
 
 
 def make(

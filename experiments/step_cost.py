@@ -98,8 +98,8 @@ def _muon(layout: Layout) -> optax.GradientTransformation:
 # Without the mean, which is another pass that reads; its own row tells what that costs.
 _sonew = functools.partial(_ours, precond_optax.sonew, mean_eps=None)
 _shared = functools.partial(_ours, precond_optax.shared_basis)
-_mbag = functools.partial(_ours, precond_optax.mbag)
-_block_adam = functools.partial(_ours, precond_optax.block_adam, block_size=16)
+_mbag = functools.partial(_ours, precond_optax.mbag, impl='xla')
+_block_adam = functools.partial(_ours, precond_optax.block_adam, block_size=16, impl='xla')
 _shampoo = functools.partial(_ours, precond_optax.shampoo)
 
 # From a tree's layout.
@@ -112,6 +112,7 @@ OPTIMIZERS: dict[str, Callable[[Layout], optax.GradientTransformation]] = {
     'sonew, tridiagonal, mean_eps': _sonew(mean_eps=0.1, impl='xla'),
     'sonew, tridiagonal, order C': _sonew(order='C', impl='xla'),
     'sonew, tridiagonal, no graft': _sonew(graft=None, impl='xla'),
+    'sonew, tridiagonal, delayed graft': _sonew(delayed_graft=True, impl='xla'),
     'sonew, tridiagonal, bfloat16 state': _sonew(
         mu_dtype=jnp.bfloat16, stats_dtype=jnp.bfloat16, impl='xla'
     ),
@@ -144,12 +145,20 @@ IN_ONE_PASS: dict[str, Callable[[Layout], optax.GradientTransformation]] = {
     'sonew, tridiagonal, one pass': _sonew(impl='pallas'),
     'sonew, tridiagonal, mean_eps, one pass': _sonew(mean_eps=0.1, impl='pallas'),
     'sonew, tridiagonal, no graft, one pass': _sonew(graft=None, impl='pallas'),
+    'sonew, tridiagonal, delayed graft, one pass': _sonew(delayed_graft=True, impl='pallas'),
     'sonew, band 2, one pass': _sonew(band=2, impl='pallas'),
     'sonew, band 4, one pass': _sonew(band=4, impl='pallas'),
     'sonew, band 8, one pass': _sonew(band=8, impl='pallas'),
     'sonew, tridiagonal, bfloat16 state, one pass': _sonew(
         mu_dtype=jnp.bfloat16, stats_dtype=jnp.bfloat16, impl='pallas'
     ),
+    'sonew, tridiagonal, bfloat16 state, delayed graft, one pass': _sonew(
+        mu_dtype=jnp.bfloat16, stats_dtype=jnp.bfloat16, delayed_graft=True, impl='pallas'
+    ),
+    'sonew, band 4, delayed graft, one pass': _sonew(band=4, delayed_graft=True, impl='pallas'),
+    'mbag, one pass': _mbag(impl='pallas'),
+    'mbag, EMA, one pass': _mbag(decay=0.99, impl='pallas'),
+    'mbag, N, one pass': _mbag(root=False, impl='pallas'),
 }
 
 

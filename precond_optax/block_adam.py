@@ -11,7 +11,7 @@ import optax
 from precond_optax import checks, grafting, leafwise, placement
 from precond_optax import layout as layout_lib
 from precond_optax.checks import Scalar
-from precond_optax.kernels import matrix_root, mini_block
+from precond_optax.kernels import calls, matrix_root, mini_block, mini_block_tiles
 from precond_optax.kernels.rounding import stored_rounding
 from precond_optax.layout import LeafLayout
 
@@ -44,6 +44,7 @@ def scale_by_block_adam(  # noqa: D417 (its arguments are those of `block_adam`)
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
     layout: layout_lib.Layout = None,
+    impl: str = 'auto',
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of Block Adam, to be subtracted; no learning rate and no weight decay.
 
@@ -52,7 +53,7 @@ def scale_by_block_adam(  # noqa: D417 (its arguments are those of `block_adam`)
 
     Args:
       b1, b2, eps, block_size, root_every, root, graft, mu_dtype, stats_dtype,
-        stochastic_rounding, layout: as in `block_adam`, with the same defaults.
+        stochastic_rounding, layout, impl: as in `block_adam`, with the same defaults.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state `ScaleByBlockAdamState`.
@@ -77,6 +78,7 @@ def scale_by_block_adam(  # noqa: D417 (its arguments are those of `block_adam`)
     checks.static_int('block_size', block_size, 1)
     checks.static_int('root_every', root_every, 1)
     checks.one_of('root', root, tuple(matrix_root.METHODS))
+    checks.one_of('impl', impl, calls.IMPLS)
     checks.float_dtype('mu_dtype', mu_dtype)
     checks.float_dtype('stats_dtype', stats_dtype)
     checks.flag('stochastic_rounding', stochastic_rounding)
@@ -120,8 +122,10 @@ def scale_by_block_adam(  # noqa: D417 (its arguments are those of `block_adam`)
             rounding = stored_rounding(stats_dtype, grad.dtype)
             arrays = [state.second_moment, state.root][: 1 + (root_every > 1)]
             numbers = [placement.Follower((), ()), *(blocks.matrices for _ in arrays)]
+            dtypes = [grad.dtype, stats_dtype or grad.dtype]
+            passes = mini_block_tiles.passes('Block Adam', impl, grad, blocks.size, dtypes)
             direction, failed, *arrays = placement.in_auto_axes(
-                functools.partial(_step, _How(blocks, root, root_every, rounding)),
+                functools.partial(_step, _How(blocks, root, root_every, rounding, passes)),
                 grad,
                 [placement.like(grad), *numbers],
                 grad,
@@ -178,6 +182,7 @@ class _How(NamedTuple):
     root: str
     root_every: int
     rounding: float  # with which statistics are stored, where not in the arithmetic's dtype
+    passes: mini_block_tiles.Passes | None  # kernels in place of XLA's products
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -193,7 +198,8 @@ def _step(
     *kept: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """A leaf's direction, how many of its roots failed, its second moments and its roots."""
-    moment = mini_block.accumulate(how.blocks.split(grad), moment, decay=b2)
+    passes = how.passes or mini_block
+    moment = passes.accumulate(how.blocks.split(grad), moment, decay=b2)
 
     def take(moment: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
         hat = mini_block.square(moment / (1 - b2**count))
@@ -207,7 +213,7 @@ def _step(
         )
     else:
         roots, failed = take(moment, jnp.zeros([], moment.dtype))
-    direction = how.blocks.join(mini_block.apply(roots, how.blocks.split(mu_hat)))
+    direction = how.blocks.join(passes.apply(roots, how.blocks.split(mu_hat)))
     return direction, failed, moment, *(roots for _ in kept)
 
 
@@ -225,6 +231,7 @@ def block_adam(
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
     layout: layout_lib.Layout = None,
+    impl: str = 'auto',
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -272,6 +279,11 @@ def block_adam(
       layout: what the shapes do not tell. A mapping from regular expressions, searched for in
         a leaf's path ('encoder/0/kernel'), to `LeafRule`, first match wins; or a function
         ``(path, leaf) -> LeafRule | None``.
+      impl: 'pallas': leaves that can go through kernels that read their matrices once do; 'xla':
+        none does; 'auto': the first on TPUs. They take float32, groups of 16 to 128 entries that
+        128 is a multiple of, and leaves that lie on one device. The results are the same to
+        rounding. With 'pallas' CPUs interpret the kernels. An update cannot be differentiated
+        through them.
       weight_decay: decoupled, as in ``optax.adamw``, >= 0, or a schedule.
       mask: which leaves decay, as in ``optax.adamw``.
 
@@ -314,5 +326,6 @@ def block_adam(
         stats_dtype=stats_dtype,
         stochastic_rounding=stochastic_rounding,
         layout=layout,
+        impl=impl,
     )
     return leafwise.chain_learning_rate(direction, learning_rate, weight_decay, mask)

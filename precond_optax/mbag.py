@@ -11,7 +11,7 @@ import optax
 from precond_optax import checks, grafting, leafwise, placement
 from precond_optax import layout as layout_lib
 from precond_optax.checks import Scalar
-from precond_optax.kernels import matrix_root, mini_block
+from precond_optax.kernels import calls, matrix_root, mini_block, mini_block_tiles
 from precond_optax.kernels.rounding import stored_rounding
 from precond_optax.layout import LeafLayout
 
@@ -48,6 +48,7 @@ def scale_by_mbag(  # noqa: D417 (its arguments are those of `mbag`)
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
     layout: layout_lib.Layout = None,
+    impl: str = 'auto',
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of MBAG, to be subtracted; no learning rate and no weight decay.
 
@@ -56,7 +57,8 @@ def scale_by_mbag(  # noqa: D417 (its arguments are those of `mbag`)
 
     Args:
       momentum, damping, block_size, root_every, newton_schulz_steps, decay, root, order, graft,
-        mu_dtype, stats_dtype, stochastic_rounding, layout: as in `mbag`, with the same defaults.
+        mu_dtype, stats_dtype, stochastic_rounding, layout, impl: as in `mbag`, with the same
+        defaults.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state `ScaleByMbagState`.
@@ -88,6 +90,7 @@ def scale_by_mbag(  # noqa: D417 (its arguments are those of `mbag`)
     checks.flag('root', root)
     checks.flag('stochastic_rounding', stochastic_rounding)
     checks.one_of('order', order, ('F', 'C'))
+    checks.one_of('impl', impl, calls.IMPLS)
     checks.float_dtype('mu_dtype', mu_dtype)
     checks.float_dtype('stats_dtype', stats_dtype)
     grafting.check(graft)
@@ -142,8 +145,10 @@ def scale_by_mbag(  # noqa: D417 (its arguments are those of `mbag`)
             changed: leafwise.Fields = {in_use: held}
         else:
             rounding = stored_rounding(stats_dtype, grad.dtype)
-            how = _How(blocks, root, root_every, newton_schulz_steps, rounding)
             arrays = [held, state.root] if keeps_root else [held]
+            dtypes = [grad.dtype, stats_dtype or grad.dtype]
+            passes = mini_block_tiles.passes('MBAG', impl, grad, blocks.size, dtypes)
+            how = _How(blocks, root, root_every, newton_schulz_steps, rounding, passes)
             numbers = [placement.Follower((), ()), *(blocks.matrices for _ in arrays)]
             direction, failed, *arrays = placement.in_auto_axes(
                 functools.partial(_step, how),
@@ -210,6 +215,7 @@ class _How(NamedTuple):
     root_every: int
     newton_schulz_steps: int
     rounding: float  # with which statistics are stored, where not in the arithmetic's dtype
+    passes: mini_block_tiles.Passes | None  # kernels in place of XLA's products
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -222,16 +228,15 @@ def _step(
     *arrays: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """A leaf's direction, how many of its roots failed, its statistics and its roots."""
-    groups = how.blocks.split(grad)
+    groups, passes = how.blocks.split(grad), how.passes or mini_block
     held, *kept = arrays
-    if decay is None:
-        held = mini_block.add_to_inverse(groups, held)
-    else:
-        held = mini_block.accumulate(groups, held, decay=decay)
-    none = jnp.zeros([], jnp.float32)
     if not kept:
-        direction = mini_block.apply(held, mini_block.apply(held, groups, transpose=True))
-        return how.blocks.join(direction), none, held
+        held, direction = passes.step_by_inverse(groups, held)
+        return how.blocks.join(direction), jnp.zeros([], jnp.float32), held
+    if decay is None:
+        held = passes.add_to_inverse(groups, held)
+    else:
+        held = passes.accumulate(groups, held, decay=decay)
 
     def take(held: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
         matrices = mini_block.square(held)
@@ -250,9 +255,7 @@ def _step(
         roots, failed = mini_block.in_turns(
             take, held, kept[0], count=count, turn=turn, every=how.root_every
         )
-    direction = mini_block.apply(roots, groups)
-    if not how.root:
-        direction = mini_block.apply(roots, direction)
+    direction = passes.apply(roots, groups, times=1 if how.root else 2)
     return how.blocks.join(direction), failed, held, roots
 
 
@@ -272,6 +275,7 @@ def mbag(
     stats_dtype: Any | None = None,
     stochastic_rounding: bool = True,
     layout: layout_lib.Layout = None,
+    impl: str = 'auto',
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -329,6 +333,11 @@ def mbag(
       layout: what the shapes do not tell. A mapping from regular expressions, searched for in
         a leaf's path ('encoder/0/kernel'), to `LeafRule`, first match wins; or a function
         ``(path, leaf) -> LeafRule | None``.
+      impl: 'pallas': leaves that can go through kernels that read their matrices once do; 'xla':
+        none does; 'auto': the first on TPUs. They take float32, groups of 16 to 128 entries that
+        128 is a multiple of, and leaves that lie on one device. The results are the same to
+        rounding. With 'pallas' CPUs interpret the kernels. An update cannot be differentiated
+        through them.
       weight_decay: :math:`\lambda_w`, decoupled, as in ``optax.adamw``, >= 0, or a schedule.
       mask: which leaves decay, as in ``optax.adamw``.
 
@@ -373,5 +382,6 @@ def mbag(
         stats_dtype=stats_dtype,
         stochastic_rounding=stochastic_rounding,
         layout=layout,
+        impl=impl,
     )
     return leafwise.chain_learning_rate(direction, learning_rate, weight_decay, mask)

@@ -3,7 +3,7 @@ r"""SONew, the sparsified online Newton method: state, transformation, alias."""
 import functools
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +13,12 @@ import optax
 from precond_optax import checks, grafting, leafwise, placement
 from precond_optax import layout as layout_lib
 from precond_optax.checks import Scalar
-from precond_optax.kernels import banded, diagonal, fused, rounding, tridiagonal, verbs
+from precond_optax.kernels import banded, calls, diagonal, fused, rounding, tridiagonal, verbs
 from precond_optax.layout import LeafLayout
 
 # Special forms by the number of off-diagonals; all others are banded.
 _KERNELS: dict[int, types.ModuleType] = {0: diagonal, 1: tridiagonal}
 _PATTERNS = {0: 'diagonal', 1: 'tridiagonal'}
-_IMPLS = ('auto', 'xla', 'pallas')
 
 
 class ScaleBySonewState(NamedTuple):
@@ -50,43 +49,6 @@ def _widest_band(band: int, layout: layout_lib.Layout) -> int:
     """The most off-diagonals that a leaf can have: known without the leaves, as the state is."""
     rules = layout.values() if isinstance(layout, Mapping) else ()
     return max([band, *(rule.band for rule in rules if rule.band is not None)])
-
-
-def _is_placed(impl: str, leaf: jax.Array) -> bool:
-    """Whether a leaf may go through the kernel where it lies: XLA cannot share out a kernel."""
-    # With several devices and no mesh in sight the compiler may yet share it out.
-    guessed = jax.typeof(leaf).sharding.mesh.empty and jax.device_count() > 1
-    return placement.has_known_parts(leaf) and (impl == 'pallas' or not guessed)
-
-
-def _as_a_kernel(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, one after the other under vmap, which would put a batch axis to the scalars.
-
-    With clear errors where JAX's would not be.
-    """
-    guarded = jax.custom_batching.custom_vmap(run)
-
-    @guarded.def_vmap
-    def one_by_one(size: int, mapped: Any, *args: Any) -> tuple[Any, Any]:
-        along = jax.tree.map(lambda own: 0 if own else None, mapped)
-        pairs = zip(jax.tree.leaves(args), jax.tree.leaves(mapped), strict=True)
-        if any(own and jax.typeof(x).sharding.spec[0] is not None for x, own in pairs):
-            raise NotImplementedError(
-                'SONew through its kernel under a vmap whose axis the mesh shares out: pass '
-                "impl='xla'."
-            )
-        results = jax.vmap(jax.custom_batching.sequential_vmap(run), along, axis_size=size)(*args)
-        return results, jax.tree.map(lambda _: True, results)
-
-    outer = jax.custom_jvp(guarded)
-
-    @outer.defjvp
-    def refuse(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError(
-            "an update of SONew cannot be differentiated through its kernel: pass impl='xla'."
-        )
-
-    return outer
 
 
 def _padded(arrays: Sequence[Any], count: int) -> tuple[Any, ...]:
@@ -155,7 +117,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
     checks.float_dtype('stats_dtype', stats_dtype)
     checks.flag('stochastic_rounding', stochastic_rounding)
     checks.flag('diagnostics', diagnostics)
-    checks.one_of('impl', impl, _IMPLS)
+    checks.one_of('impl', impl, calls.IMPLS)
     grafting.check(graft)
     checks.flag('delayed_graft', delayed_graft)
     if delayed_graft and graft is None:
@@ -233,7 +195,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         """Whether a leaf goes through the kernel."""
         dtypes = [facts.dtype, mu_dtype, stats_dtype, *facts.stored.values()]
         plain = {jnp.dtype(d).name for d in dtypes if d is not None} <= {'float32', 'bfloat16'}
-        if diagnostics or not plain or not facts.precondition or not fused.is_wanted(impl):
+        if diagnostics or not plain or not facts.precondition or not calls.is_wanted(impl):
             return False
         axes = facts.chain_axes(facts.order or order)
         return fused.is_taken(facts.shape, facts.batch_axes, axes, band_of(facts))
@@ -271,7 +233,7 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         if move is not None:
             scale = jnp.ones(batch) if graft is None else state.graft_scale
             move = verbs.Move(jnp.full(batch, move.keep), move.step * scale)
-        run = _as_a_kernel(functools.partial(fused.one_pass, leaf))
+        run = calls.guarded(functools.partial(fused.one_pass, leaf), 'SONew')
         mu, nu, offdiag, moved, squares = run(
             grad.astype(facts.dtype),
             state.mu.astype(facts.stored['mu']),
@@ -302,14 +264,14 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         move: verbs.Move,
     ) -> tuple[jax.Array, leafwise.Fields] | None:
         is_known = graft is None or delayed_graft  # how far to go, before the kernel has run
-        if is_known and fits_kernel(facts) and _is_placed(impl, grad):
+        if is_known and fits_kernel(facts) and calls.is_placed(impl, grad):
             return in_one_pass(grad, state, facts, param, move)
         return None
 
     def update_leaf(
         grad: jax.Array, state: ScaleBySonewState, facts: LeafLayout
     ) -> tuple[jax.Array, leafwise.Fields]:
-        if fits_kernel(facts) and _is_placed(impl, grad):
+        if fits_kernel(facts) and calls.is_placed(impl, grad):
             return in_one_pass(grad, state, facts)
         axes, bands = facts.chain_axes(facts.order or order), band_of(facts)
         scalars = scalars_of(state, facts)

@@ -234,6 +234,48 @@ def test_with_a_state_in_bfloat16_less_is_moved_than_for_adam(band, more):
     assert least <= traffic <= more * least
 
 
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+@pytest.mark.parametrize(
+    ('shape', 'size'),
+    [
+        ((4096, 2048), 32),
+        ((784, 1000), 32),  # two columns have whole groups
+        ((1568, 2048), 32),  # 49 groups of each output, held the other way round
+        ((2048, 2048), 16),
+        ((2048, 512), 64),
+    ],
+)
+def test_mini_blocks_are_read_and_written_once(topology, shape, size):
+    """MBAG-N: S and momentum and p read and written, g read; XLA's moves some 1,700 bytes.
+
+    Beside these the gradient and the direction, whose groups are padded to 128 columns.
+    """
+    pytest.importorskip('libtpu')
+    leaf = tpu_compile.one_leaf(shape, topology)
+    tx = precond_optax.mbag(1e-3, root=False, block_size=size, impl='pallas')
+    facts = tpu_compile.measure(tx, leaf)
+    traffic, temporary = facts.traffic / leaf.size, facts.temporary / leaf.size
+    least = 8 * size + 20
+    print(f'{topology} {shape} MBAG-N of {size}: {traffic:.1f} ({least}), {temporary:.1f}')
+    assert least <= traffic <= least + 10 * 4 * 128 / size + 60
+    assert temporary <= 3 * 4 * 128 / size + 4
+
+
+@pytest.mark.parametrize(
+    'tx',
+    [
+        precond_optax.mbag(1e-3, impl='pallas'),
+        precond_optax.mbag(1e-3, decay=0.99, impl='pallas'),
+        precond_optax.block_adam(1e-3, root_every=10, impl='pallas'),
+    ],
+    ids=['mbag', 'ema', 'block_adam'],
+)
+def test_methods_of_mini_blocks_go_through_kernels(tx):
+    pytest.importorskip('libtpu')
+    text = tpu_compile.compile_step(tx, tpu_compile.one_leaf((1024, 512), 'v5e:2x2')).as_text()
+    assert text.count('tpu_custom_call') >= 2
+
+
 @pytest.mark.parametrize(
     ('order', 'dtype'), [('F', 'float32'), ('C', 'float32'), ('F', 'bfloat16')]
 )

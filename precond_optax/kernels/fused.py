@@ -22,11 +22,6 @@ from precond_optax.kernels import chain, diagonal, rounding, strips, tiles, verb
 _GPUS = ('cuda', 'rocm')
 
 
-def is_wanted(impl: str) -> bool:
-    """Whether leaves that can are to go through the kernel, by what a trace is for."""
-    return impl == 'pallas' or (impl == 'auto' and placement.platform() == 'tpu')
-
-
 def _kernel() -> ModuleType:
     """What a leaf goes through, by what a trace is for; interpreted elsewhere, the TPU's."""
     return strips if placement.platform() in (*_GPUS, 'gpu') else tiles

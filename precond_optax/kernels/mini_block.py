@@ -285,8 +285,26 @@ def add_to_inverse(grad: jax.Array, factor: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(norm), factor - outer(taken, unit), factor)
 
 
-def apply(matrices: jax.Array, x: jax.Array, *, transpose: bool = False) -> jax.Array:
+def step_by_inverse(grad: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`add_to_inverse`, and the new inverse times the gradient: MBAG-N.
+
+    Args:
+      grad: g (..., tau).
+      factor: S (..., tau * tau).
+
+    Returns:
+      S and S S^T g.
+    """
+    factor = add_to_inverse(grad, factor)
+    return factor, apply(factor, apply(factor, grad, transpose=True))
+
+
+def apply(
+    matrices: jax.Array, x: jax.Array, *, transpose: bool = False, times: int = 1
+) -> jax.Array:
     """Each group times its matrix, or its transpose: (..., tau * tau), (..., tau) -> (..., tau).
+
+    ``times`` over.
 
     Example:
       >>> import jax.numpy as jnp
@@ -294,4 +312,6 @@ def apply(matrices: jax.Array, x: jax.Array, *, transpose: bool = False) -> jax.
       [3.0, 1.0]
     """
     subscripts = '...ij,...i->...j' if transpose else '...ij,...j->...i'
-    return matrix_root.product(subscripts, square(matrices), x)
+    for _ in range(times):
+        x = matrix_root.product(subscripts, square(matrices), x)
+    return x
