@@ -139,6 +139,40 @@ def test_newton_schulz_does_not_pass_singular_matrices_off_as_done(rng, dtype):
                 np.testing.assert_array_equal(found[1], 0)
 
 
+@pytest.mark.parametrize('p', [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(('least', 'rounding'), [(1e-6, 1e-7), (1e-3, 1e-7), (2e-15, 2e-16)])
+def test_scaled_steps_take_all_eigenvalues_to_one(p, least, rounding):
+    """In half of Newton's steps or fewer, and none near 1 is made small on the way."""
+    values = np.geomspace(least, 1, 1000)
+    steps = matrix_root.scaled_steps(least, p, rounding)
+    smallest = 1.0
+    for a, b in steps:
+        values = values * (a - b * values) ** p
+        smallest = min(smallest, values[-1])
+        assert np.all(values <= 1 + 1e-12)
+    np.testing.assert_allclose(values, 1, rtol=1e-12)
+    assert smallest > 0.25**p
+    slower, count = least, 0
+    while slower < 1 - 1e-3:
+        slower, count = slower * ((p + 1 - slower) / p) ** p, count + 1
+    assert len(steps) <= 0.66 * count + 3
+
+
+@pytest.mark.parametrize('p', [2, 4])
+def test_scaled_steps_are_as_exact_as_newton_s(p, rng):
+    """Of well conditioned matrices too, whose eigenvalues a larger scaling would cancel."""
+    with jax.enable_x64(True):
+        for low in (0.5, 1e-3):
+            x = jnp.asarray(spread(6, low) if low < 0.5 else np.diag(np.linspace(low, 1, 6)))
+            steps = matrix_root.scaled_steps(1e-14, p, 2e-16)
+            found, error = matrix_root.coupled_newton(x, p, steps)
+            exact = oracles.relative_inverse_root(np.asarray(x), p, 0.0)
+            assert error < 1e-12
+            np.testing.assert_allclose(
+                oracles.spectral_norm(found - exact) / oracles.spectral_norm(exact), 0, atol=1e-12
+            )
+
+
 def test_negative_eigenvalues_count_as_zero():
     values, shift = jnp.array([-0.5, 1.0]), jnp.array(0.25)
     root = matrix_root.from_decomposition(values, jnp.eye(2), shift)
