@@ -8,7 +8,7 @@ the batch, so a batch that is sharded stays so.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from precond_optax import placement
 # Of the power iteration for the smallest eigenvalue by Newton-Schulz.
 EIGENVALUE_STEPS, SQUARINGS = 8, 3
 _LEAST_RATIO = 0.3  # of `scaled_steps`
+_LARGEST_IN_FRONT = (
+    64  # matrices of which a TPU's vector units make products as fast as its others
+)
 _NEWTON_SCHULZ_TOLERANCE = 0.1  # of its error, above which a root has failed
 
 
@@ -30,6 +33,52 @@ def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     a matrix of condition 1e6 has no digits to give away.
     """
     return jnp.einsum(subscripts, a, b, precision=lax.Precision.HIGHEST)
+
+
+class _Form(NamedTuple):
+    """How a batch of matrices is held: in the last two axes, or in the first two.
+
+    In the first two on TPUs, where the batch then fills the lanes and a product is a loop over
+    small matrices' entries, in one pass. Of the batch's own form XLA makes a product of its matrix
+    units, for which a 32 x 32 matrix is padded to 32 x 128 and turned round: nine times the
+    traffic, eight times the workspace.
+    """
+
+    front: bool
+    ndim: int
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        """Those of a matrix."""
+        return (0, 1) if self.front else (-2, -1)
+
+    def to(self, x: jax.Array) -> jax.Array:
+        """From the last two axes."""
+        return jnp.moveaxis(x, (-2, -1), self.axes)
+
+    def back(self, x: jax.Array) -> jax.Array:
+        """The inverse."""
+        return jnp.moveaxis(x, self.axes, (-2, -1))
+
+    def eye(self, size: int, dtype: jnp.dtype) -> jax.Array:
+        """The identity, for all of the batch."""
+        eye = jnp.eye(size, dtype=dtype)
+        return eye.reshape(size, size, *(1 for _ in range(self.ndim - 2))) if self.front else eye
+
+    def times(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """A product."""
+        if self.front:
+            return jnp.sum(a[:, :, None] * b[None], axis=1)
+        return product('...ij,...jk->...ik', a, b)
+
+    def norm(self, x: jax.Array) -> jax.Array:
+        """Frobenius', its axes of size 1."""
+        return jnp.sqrt(jnp.sum(x * x, axis=self.axes, keepdims=True))
+
+
+def _form_of(matrices: jax.Array) -> _Form:
+    front = placement.platform() == 'tpu' and matrices.shape[-1] <= _LARGEST_IN_FRONT
+    return _Form(front and matrices.ndim > 2, matrices.ndim)
 
 
 def batches_can_deadlock() -> bool:
@@ -47,9 +96,9 @@ def trace(matrices: jax.Array) -> jax.Array:
     return jnp.trace(matrices, axis1=-2, axis2=-1)
 
 
-def _unit(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _unit(matrices: jax.Array, axes: tuple[int, int] = (-2, -1)) -> tuple[jax.Array, jax.Array]:
     """The matrices divided by their largest absolute entry, and that entry, 1 for zero."""
-    size = jnp.max(jnp.abs(matrices), axis=(-2, -1), keepdims=True)
+    size = jnp.max(jnp.abs(matrices), axis=axes, keepdims=True)
     size = jnp.where(size > 0, size, 1)
     return matrices / size, size
 
@@ -236,28 +285,27 @@ def newton_schulz(
     References:
       Higham, Functions of Matrices (2008), equation (6.35); Lee, MBAG, for its use here.
     """
-    eye = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
-    unit, size = _unit(matrices)  # before the norm, whose squares could overflow
-    norm = jnp.sqrt(jnp.sum(unit * unit, axis=(-2, -1), keepdims=True))
+    form = _form_of(matrices)
+    eye = form.eye(matrices.shape[-1], matrices.dtype)
+    matrices = form.to(matrices)
+    unit, size = _unit(matrices, form.axes)  # before the norm, whose squares could overflow
+    norm = form.norm(unit)
     norm = jnp.where(norm > 0, norm, 1)
 
     def step(n: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         (x, y), (a, b) = pair, coefficients(n)
-        change = (a * eye - b * product('...ij,...jk->...ik', y, x)).astype(x.dtype)
-        return (
-            product('...ij,...jk->...ik', x, change),
-            product('...ij,...jk->...ik', change, y),
-        )
+        change = (a * eye - b * form.times(y, x)).astype(x.dtype)
+        return form.times(x, change), form.times(change, y)
 
     coefficients = _newton(2, steps)
     start = (unit / norm, jnp.zeros_like(matrices) + eye)
     x, y = lax.fori_loop(0, _number(steps), step, start)
-    left = eye - product('...ij,...jk->...ik', y, x)
-    error = jnp.sqrt(jnp.sum(left * left, axis=(-2, -1)))
+    error = jnp.squeeze(form.norm(eye - form.times(y, x)), form.axes)
     scale = jnp.sqrt(norm * size)
-    nonzero = jnp.any(matrices != 0, axis=(-2, -1))
-    inverse = jnp.where(nonzero[..., None, None], y / scale, 0)
-    return x * scale, inverse, jnp.where(nonzero, error, 0)
+    nonzero = jnp.any(matrices != 0, axis=form.axes, keepdims=True)
+    inverse = jnp.where(nonzero, y / scale, 0)
+    error = jnp.where(jnp.squeeze(nonzero, form.axes), error, 0)
+    return form.back(x * scale), form.back(inverse), error
 
 
 def coupled_newton(
@@ -291,14 +339,13 @@ def coupled_newton(
       Guo and Higham, `A Schur-Newton Method for the Matrix pth Root and its Inverse
       <https://doi.org/10.1137/050643374>`_, SIAM J. Matrix Anal. Appl. 28 (2006), equation (3.9).
     """
-    eye = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
-    unit, size = _unit(matrices)
-    norm = jnp.sqrt(jnp.sum(unit * unit, axis=(-2, -1), keepdims=True))
+    form = _form_of(matrices)
+    eye, times = form.eye(matrices.shape[-1], matrices.dtype), form.times
+    matrices = form.to(matrices)
+    unit, size = _unit(matrices, form.axes)
+    norm = form.norm(unit)
     z = 1 / jnp.where(norm > 0, norm, 1)
     coefficients = _newton(p, steps)
-
-    def times(a: jax.Array, b: jax.Array) -> jax.Array:
-        return product('...ij,...jk->...ik', a, b)
 
     def step(n: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         (x, m), (a, b) = pair, coefficients(n)
@@ -313,10 +360,10 @@ def coupled_newton(
 
     start = (z ** (1 / p) * eye, z * unit)
     x, m = lax.fori_loop(0, _number(steps), step, start)
-    error = jnp.sqrt(jnp.sum((eye - m) ** 2, axis=(-2, -1)))
-    nonzero = jnp.any(matrices != 0, axis=(-2, -1))
-    inverse = jnp.where(nonzero[..., None, None], x * size ** (-1 / p), 0)
-    return inverse, jnp.where(nonzero, error, 0)
+    error = jnp.squeeze(form.norm(eye - m), form.axes)
+    nonzero = jnp.any(matrices != 0, axis=form.axes, keepdims=True)
+    inverse = jnp.where(nonzero, x * size ** (-1 / p), 0)
+    return form.back(inverse), jnp.where(jnp.squeeze(nonzero, form.axes), error, 0)
 
 
 def polar_root(factors: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
@@ -392,19 +439,26 @@ def largest_eigenvalue(matrices: jax.Array, steps: int, squarings: int = 0) -> j
       >>> round(float(largest_eigenvalue(jnp.diag(jnp.array([1.0, 9.0])), steps=8)), 4)
       9.0
     """
-    unit, size = _unit(matrices)
-    power = unit
+    form = _form_of(matrices)
+    unit, size = _unit(form.to(matrices), form.axes)
+    power, (rows, columns) = unit, form.axes
     for _ in range(squarings):
-        power, _ = _unit(product('...ij,...jl->...il', power, power))
+        power, _ = _unit(form.times(power, power), form.axes)
+
+    def times(a: jax.Array, x: jax.Array) -> jax.Array:
+        """The product with a row of numbers, as a column, turned into a row."""
+        return jnp.swapaxes(jnp.sum(a * x, axis=columns, keepdims=True), rows, columns)
 
     def step(_: int, x: jax.Array) -> jax.Array:
-        y = product('...ij,...j->...i', power, x)
-        norm = jnp.linalg.norm(y, axis=-1, keepdims=True)
+        y = times(power, x)
+        norm = form.norm(y)
         return y / jnp.where(norm > 0, norm, 1)
 
-    start = jnp.zeros_like(unit[..., 0]) + generic_unit_vector(unit.shape[-1], unit.dtype)
+    row = jnp.asarray(generic_unit_vector(unit.shape[rows], unit.dtype))[None]
+    row = row.reshape(1, -1, *(1 for _ in range(unit.ndim - 2))) if form.front else row
+    start = jnp.zeros_like(lax.slice_in_dim(unit, 0, 1, axis=rows)) + row
     x = lax.fori_loop(0, steps, step, start)
-    return jnp.linalg.norm(product('...ij,...j->...i', unit, x), axis=-1) * size[..., 0, 0]
+    return jnp.squeeze(form.norm(times(unit, x)) * size, form.axes)
 
 
 def _least(dtype: jnp.dtype, rounding: float) -> float:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend import core
 
+from precond_optax import placement
 from precond_optax.kernels import matrix_root, shared_basis
 from tests import oracles
 
@@ -171,6 +172,33 @@ def test_scaled_steps_are_as_exact_as_newton_s(p, rng):
             np.testing.assert_allclose(
                 oracles.spectral_norm(found - exact) / oracles.spectral_norm(exact), 0, atol=1e-12
             )
+
+
+@pytest.mark.parametrize('axes', [(), (4,), (2, 3)])
+@pytest.mark.parametrize('size', [1, 5, matrix_root._LARGEST_IN_FRONT + 1])
+def test_matrices_in_front_of_their_batch_have_the_same_roots(axes, size, rng, monkeypatch):
+    """As TPUs hold them, but single and large ones."""
+    x = rng.normal(size=(*axes, size, 2 * size))
+    x = jnp.asarray(x @ np.swapaxes(x, -1, -2) / size, jnp.float32)
+    if axes:
+        x = x.at[(-1,) * len(axes)].set(0)
+    functions = (
+        lambda x: matrix_root.newton_schulz(x, 12)[:2],
+        lambda x: matrix_root.newton_schulz(x, matrix_root.scaled_steps(1e-5, 2, 1e-7))[1],
+        lambda x: matrix_root.newton_schulz(x, 2)[2],
+        lambda x: matrix_root.coupled_newton(x, 4, matrix_root.scaled_steps(1e-5, 4, 1e-7))[0],
+        lambda x: matrix_root.coupled_newton(x, 4, 2)[1],
+        lambda x: matrix_root.largest_eigenvalue(x, 4, 2),
+    )
+    expected = [function(x) for function in functions]
+    monkeypatch.setattr(placement, 'platform', lambda: 'tpu')
+    assert matrix_root._form_of(x).front == (bool(axes) and size <= 64)
+    for function, wanted in zip(functions, expected, strict=True):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5),
+            function(x),
+            wanted,
+        )
 
 
 def test_negative_eigenvalues_count_as_zero():
@@ -415,7 +443,11 @@ def refresh_with(**keywords):
     [
         (matrix_root.from_decomposition, (jnp.ones(3), jnp.eye(3), jnp.ones(())), 1),
         (functools.partial(matrix_root.newton_schulz, steps=3), (jnp.eye(3),), 4),
-        (functools.partial(matrix_root.largest_eigenvalue, steps=3), (jnp.eye(3),), 1),
+        (
+            functools.partial(matrix_root.largest_eigenvalue, steps=3, squarings=1),
+            (jnp.eye(3),),
+            1,
+        ),
         refresh_with(),
         refresh_with(extra_rows=jnp.ones((1, 5)), residual_norm='frobenius'),
         refresh_with(method='newton_schulz'),
