@@ -46,6 +46,12 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
     yield 'order C', dict(order='C')
     for graft in ('momentum', 'sgd', 'rmsprop_normalized', None):
         yield f'graft {graft}', dict(graft=graft)
+    # Whose norm is that of signs, several times Adam's.
+    for factor in (0.1, 0.25):
+        yield (
+            f'graft rmsprop_normalized, rate x {factor}',
+            dict(graft='rmsprop_normalized', learning_rate=factor * BASE['learning_rate']),
+        )
     yield 'weight decay 1e-3', dict(weight_decay=1e-3)
     for band in (0, 2, 4, 8):
         yield f'band {band}', dict(band=band)

@@ -51,6 +51,10 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
         'band 4, Nesterov, b2 rising, eps x 4',
         dict(band=4, nesterov=True, eps=4 * BASE['eps'], **rising),
     )
+    yield (
+        'band 8, Nesterov, b2 rising, rate x 1.4',
+        dict(band=8, nesterov=True, learning_rate=higher, **rising),
+    )
     yield 'band 8', dict(band=8)
     yield 'band 8, Nesterov, b2 rising', dict(band=8, nesterov=True, **rising)
 
