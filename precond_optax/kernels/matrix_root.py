@@ -71,6 +71,10 @@ class _Form(NamedTuple):
             return jnp.sum(a[:, :, None] * b[None], axis=1)
         return product('...ij,...jk->...ik', a, b)
 
+    def on_vector(self, a: jax.Array, x: jax.Array) -> jax.Array:
+        """A product with vectors, in the last axis or the first."""
+        return jnp.sum(a * x, axis=1) if self.front else product('...ij,...j->...i', a, x)
+
     def norm(self, x: jax.Array) -> jax.Array:
         """Frobenius', its axes of size 1."""
         return jnp.sqrt(jnp.sum(x * x, axis=self.axes, keepdims=True))
@@ -441,24 +445,23 @@ def largest_eigenvalue(matrices: jax.Array, steps: int, squarings: int = 0) -> j
     """
     form = _form_of(matrices)
     unit, size = _unit(form.to(matrices), form.axes)
-    power, (rows, columns) = unit, form.axes
+    power, axis = unit, form.axes[0] if form.front else -1
     for _ in range(squarings):
         power, _ = _unit(form.times(power, power), form.axes)
 
-    def times(a: jax.Array, x: jax.Array) -> jax.Array:
-        """The product with a row of numbers, as a column, turned into a row."""
-        return jnp.swapaxes(jnp.sum(a * x, axis=columns, keepdims=True), rows, columns)
+    def norm(x: jax.Array) -> jax.Array:
+        return jnp.linalg.norm(x, axis=axis, keepdims=True)
 
     def step(_: int, x: jax.Array) -> jax.Array:
-        y = times(power, x)
-        norm = form.norm(y)
-        return y / jnp.where(norm > 0, norm, 1)
+        y = form.on_vector(power, x)
+        size = norm(y)
+        return y / jnp.where(size > 0, size, 1)
 
-    row = jnp.asarray(generic_unit_vector(unit.shape[rows], unit.dtype))[None]
-    row = row.reshape(1, -1, *(1 for _ in range(unit.ndim - 2))) if form.front else row
-    start = jnp.zeros_like(lax.slice_in_dim(unit, 0, 1, axis=rows)) + row
-    x = lax.fori_loop(0, steps, step, start)
-    return jnp.squeeze(form.norm(times(unit, x)) * size, form.axes)
+    start = generic_unit_vector(matrices.shape[-1], matrices.dtype)
+    zeros = jnp.zeros_like(unit[:, 0] if form.front else unit[..., 0])
+    start = start.reshape(-1, *(1 for _ in zeros.shape[1:])) if form.front else start
+    x = lax.fori_loop(0, steps, step, zeros + start)
+    return jnp.squeeze(norm(form.on_vector(unit, x)), axis) * jnp.squeeze(size, form.axes)
 
 
 def _least(dtype: jnp.dtype, rounding: float) -> float:
