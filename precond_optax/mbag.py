@@ -334,8 +334,8 @@ def mbag(
         a leaf's path ('encoder/0/kernel'), to `LeafRule`, first match wins; or a function
         ``(path, leaf) -> LeafRule | None``.
       impl: 'pallas': leaves that can go through kernels that read their matrices once do; 'xla':
-        none does; 'auto': the first on TPUs. They take float32, groups of 16 to 128 entries that
-        128 is a multiple of, and leaves that lie on one device. The results are the same to
+        none does; 'auto': the first on TPUs. They take float32, groups of 16, 32, 64 or 128
+        entries, and leaves that lie on one device; GPUs have none. The results are the same to
         rounding. With 'pallas' CPUs interpret the kernels. An update cannot be differentiated
         through them.
       weight_decay: :math:`\lambda_w`, decoupled, as in ``optax.adamw``, >= 0, or a schedule.

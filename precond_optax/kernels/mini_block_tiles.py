@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from precond_optax import placement
 from precond_optax.kernels import calls, cuts, mini_block
 from precond_optax.kernels.cuts import LANES
 
@@ -240,8 +241,8 @@ class Passes(NamedTuple):
 
     Attributes:
       method: whose they are, for errors.
-      interpreted: whether other backends than TPUs interpret the kernels; else theirs are
-        `mini_block`'s.
+      interpreted: whether CPUs interpret the kernels; else they have `mini_block`'s functions, as
+        GPUs do.
     """
 
     method: str
@@ -254,7 +255,7 @@ class Passes(NamedTuple):
         compiled = functools.partial(kernel, False)
 
         def chosen(*arrays: jax.Array) -> Any:
-            return lax.platform_dependent(*arrays, tpu=compiled, default=elsewhere)
+            return lax.platform_dependent(*arrays, tpu=compiled, cpu=elsewhere, default=plain)
 
         return calls.guarded(chosen, self.method)(*arrays)
 
@@ -294,6 +295,7 @@ def passes(
     """
     fits = size <= LANES and LANES % size == 0 and size * size >= LANES
     plain = all(dtype == jnp.float32 for dtype in dtypes)
-    if fits and plain and calls.is_wanted(impl) and calls.is_alone(impl, leaf):
+    has_some = placement.platform() in ('tpu', 'cpu')
+    if fits and plain and has_some and calls.is_wanted(impl) and calls.is_alone(impl, leaf):
         return Passes(method, interpreted=impl == 'pallas')
     return None

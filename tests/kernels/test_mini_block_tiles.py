@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import precond_optax
+from precond_optax import placement
 from precond_optax.kernels import mini_block, mini_block_tiles
 
 # The groups' axes, and their entries.
@@ -153,6 +154,11 @@ def test_what_the_kernels_do_not_take_is_xlas(keywords, rng, runs):
     got, _ = tx.update(grads, tx.init(grads))
     assert jnp.isfinite(optax.tree.norm(got))
     assert not runs
+
+
+def test_gpus_have_none(rng, runs, monkeypatch):
+    monkeypatch.setattr(placement, 'platform', lambda: 'gpu')
+    test_what_the_kernels_do_not_take_is_xlas({}, rng, runs)
 
 
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
