@@ -1,7 +1,7 @@
 """What a step of training takes, whole, with each of a table's rows: as a ratio to Adam's.
 
 python -m experiments.train_cost --table=configs/tables/autoencoder.py --data_dir=DATA \\
-    [--rows=REGEX] [--rounds=10] [--workdir=DIR]
+    [--rows=REGEX] [--turns=10] [--workdir=DIR]
 
 A row's runs tell how long they took, but on a machine that may have done other things meanwhile.
 Here all rows train in turn, a segment of some steps each, from the gradient to the new parameters,
@@ -25,7 +25,7 @@ from absl import flags
 from experiments import main as main_lib
 from experiments import optimizers, program, report, segments, table, train, workdir
 
-_ROUNDS = flags.DEFINE_integer('rounds', 10, 'Timed segments of each row.', lower_bound=1)
+_TURNS = flags.DEFINE_integer('turns', 10, 'Timed segments of each row.', lower_bound=1)
 
 
 class _Row:
@@ -52,14 +52,14 @@ class _Row:
 
 
 def measure(
-    entries: Mapping[str, Any], rows: list[str], rounds: int, data_dir: str | None
+    entries: Mapping[str, Any], rows: list[str], turns: int, data_dir: str | None
 ) -> dict[str, list[float]]:
     """Seconds of a step in each turn, by row.
 
     Args:
       entries: a table, see ``configs/tables``; its task's examples are on the device.
       rows: their names, the reference first.
-      rounds: turns that count; there is one before.
+      turns: how many count; there is one before.
       data_dir: where the data set lies.
 
     Returns:
@@ -76,7 +76,7 @@ def measure(
             raise ValueError(f"{entries['task']}'s batches come from the host, not in a scan.")
         made[name] = _Row(task, config, optimizers.without_search_space(optimizer))
     shuffle = np.random.default_rng(0)
-    for turn in range(1 + rounds):
+    for turn in range(1 + turns):
         for name in shuffle.permutation(rows):
             made[name].run()
             if turn == 0:
@@ -109,8 +109,8 @@ def main(argv: list[str]) -> None:
         entries = flag.table
         reference = entries.get('reference', 'adam')
         rows = list(dict.fromkeys([reference, *table.runnable(entries, flag.rows)]))
-        found = measure(entries, rows, _ROUNDS.value, flag.data_dir)
-    content = {'seconds_per_step': found, 'rounds': _ROUNDS.value}
+        found = measure(entries, rows, _TURNS.value, flag.data_dir)
+    content = {'seconds_per_step': found, 'turns': _TURNS.value}
     workdir.save_tables(flag.workdir, 'train_cost', content, render(entries, found))
 
 

@@ -24,8 +24,8 @@ CASES = [
     ((16, 3), 32),  # which a TPU holds the other way round
     ((2, 3, 5), 16),
     ((16, 3, 5), 16),  # held as (3, 5, 16)
-    ((9,), 64),
-    ((5,), 128),
+    pytest.param((9,), 64, marks=pytest.mark.slow),
+    pytest.param((5,), 128, marks=pytest.mark.slow),
 ]
 each_case = pytest.mark.parametrize(('batch', 'size'), CASES)
 HARD = {

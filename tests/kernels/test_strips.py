@@ -59,7 +59,7 @@ def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
     ('shape', 'batch_axes', 'axes', 'band', 'dtype'),
     [
         (*case, 'bfloat16' if i % 3 else 'float32')
-        for i, case in enumerate([*CASES[:5], *CASES[7:11], CASES[-1]])
+        for i, case in enumerate([*CASES[1:4], *CASES[7:9], CASES[11]])
     ],
 )
 def test_parameters_are_moved(shape, batch_axes, axes, band, dtype, rng):
