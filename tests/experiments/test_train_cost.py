@@ -1,11 +1,9 @@
 """The times of whole steps: what is run, and how it is shown."""
 
-import dataclasses
-
 import numpy as np
-import pytest
 
 from experiments import train_cost
+from tests.experiments.small import SMALL, small_task
 from tests.experiments.test_table import small  # noqa: F401 (a fixture)
 
 
@@ -20,9 +18,9 @@ def test_rows_train_in_turn(small, monkeypatch):  # noqa: F811
         assert row.seconds[-1] > 0
 
     monkeypatch.setattr(train_cost._Row, 'run', noted)
-    found = train_cost.measure(small, ['adam', 'band_4', 'shampoo'], 3, None)
+    found = train_cost.measure(small, ['adam', 'band_4', 'shampoo'], 3, 2, None)
     assert {name: len(seconds) for name, seconds in found.items()} == dict.fromkeys(found, 3)
-    begun = -(-5 // small.settings.log_every)
+    begun = 3
     assert len(order) == begun + 4 * 3
     turns = [set(order[at : at + 3]) for at in range(begun, len(order), 3)]
     assert all(len(turn) == 3 for turn in turns)
@@ -38,10 +36,14 @@ def test_the_table(small):  # noqa: F811
     assert np.isclose(float(rows[2][3]), 0.67)
 
 
-def test_a_stream_is_refused(small, monkeypatch):  # noqa: F811
-    check = train_cost.train.check
-    monkeypatch.setattr(
-        train_cost.train, 'check', lambda *a: dataclasses.replace(check(*a), stream=object())
+def test_a_stream_s_first_batch_is_taken_again():
+    """Of a task whose batches come from the host; a segment is some calls."""
+    task = small_task('pos_tagging')
+    settings = {name: task[name] for name in (*SMALL['pos_tagging'], 'source', 'batch_size')}
+    entries = dict(
+        task='pos_tagging',
+        settings=settings | dict(epochs=2, warmup_epochs=1),
+        rows=dict(adam=dict(optimizer='adam'), soaa=dict(optimizer='soaa')),
     )
-    with pytest.raises(ValueError, match='batches come from the host'):
-        train_cost.measure(small, ['adam'], 1, None)
+    found = train_cost.measure(entries, ['adam', 'soaa'], 2, 3, None)
+    assert [len(seconds) for seconds in found.values()] == [2, 2]
