@@ -308,7 +308,7 @@ def leafwise(
         ]
         sums = _sums([] if whole is None else [whole.before(*leaf) for leaf in seen], layouts)
         results, reported, last = [], [], None
-        targets = list(zip(treedef.flatten_up_to(params), moves, strict=True)) if moves else []
+        targets = _targets(params, moves, layouts, treedef) if moves else []
         for i, (wide_grad, own, facts) in enumerate(seen):
             if last is not None:
                 wide_grad = matrix_root.once(last, wide_grad)
@@ -346,6 +346,25 @@ def leafwise(
 
     update.moving = walk  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _targets(
+    params: Any, moves: Sequence[Move], layouts: Sequence[LeafLayout], treedef: Any
+) -> list[tuple[jax.Array, Move]]:
+    """Each parameter and how it moves; ``ValueError`` if they are not as the gradients are."""
+    try:
+        leaves = [jnp.asarray(leaf) for leaf in treedef.flatten_up_to(params)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f'the parameters are not the tree that the gradients are: {jax.tree.structure(params)}'
+            f' in place of {treedef}.'
+        ) from error
+    for leaf, facts in zip(leaves, layouts, strict=True):
+        if leaf.shape != facts.shape:
+            raise ValueError(
+                f'{facts.path}: the parameter has shape {leaf.shape}, the gradient {facts.shape}.'
+            )
+    return list(zip(leaves, moves, strict=True))
 
 
 def _check_alike(layouts: Sequence[LeafLayout], treedef: Any, state: Any, wanted: type) -> None:

@@ -264,7 +264,8 @@ def scale_by_sonew(  # noqa: D417 (its arguments are those of `sonew`)
         move: verbs.Move,
     ) -> tuple[jax.Array, leafwise.Fields] | None:
         is_known = graft is None or delayed_graft  # how far to go, before the kernel has run
-        if is_known and fits_kernel(facts) and calls.is_placed(impl, grad):
+        plain = param.dtype in (jnp.float32, jnp.bfloat16)
+        if is_known and plain and fits_kernel(facts) and calls.is_placed(impl, grad):
             return in_one_pass(grad, state, facts, param, move)
         return None
 

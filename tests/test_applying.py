@@ -75,3 +75,28 @@ def test_any_transformation_of_optax(rng):
     new, _ = precond_optax.update_and_apply(tx, grads, tx.init(params), params, value=1.0)
     updates, _ = tx.update(grads, tx.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, new, optax.apply_updates(params, updates))
+
+
+def test_parameters_that_do_not_fit_are_named(rng):
+    tx, grads = precond_optax.sonew(0.1), tree(rng)
+    state = tx.init(grads)
+    for params, message in (
+        (None, 'the parameters are not the tree that the gradients are'),
+        ({'kernel': grads['kernel']}, 'the parameters are not the tree that the gradients are'),
+        (grads | {'head': jnp.ones((4, 2))}, r'head: the parameter has shape \(4, 2\)'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            precond_optax.update_and_apply(tx, grads, state, params)
+
+
+def test_parameters_of_other_dtypes_than_the_kernel_s(rng):
+    """Which are moved after it."""
+    params = {'kernel': jnp.ones((64, 128), jnp.float16)}
+    grads = {'kernel': jnp.asarray(rng.normal(size=(64, 128)), jnp.float32)}
+    tx = precond_optax.sonew(0.1, graft=None, eps=0.1, mu_dtype='float32', impl='pallas')
+    state = tx.init({'kernel': jnp.zeros((64, 128))})
+    new, _ = precond_optax.update_and_apply(tx, grads, state, params)
+    updates, _ = tx.update(grads, state, params)
+    assert new['kernel'].dtype == jnp.float16
+    expected = params['kernel'] + updates['kernel']
+    np.testing.assert_allclose(np.float32(new['kernel']), expected, rtol=2e-3, atol=1e-3)
