@@ -1,7 +1,7 @@
 """What a step of training takes, whole, with each of a table's rows: as a ratio to Adam's.
 
 python -m experiments.train_cost --table=configs/tables/autoencoder.py --data_dir=DATA \\
-    [--rows=REGEX] [--turns=10] [--steps=20] [--workdir=DIR]
+    [--rows=REGEX] [--turns=10] [--steps_per_turn=20] [--workdir=DIR]
 
 A row's runs tell how long they took, but on a machine that may have done other things meanwhile.
 Here all rows train in turn, a segment of some steps each, from the gradient to the new parameters,
@@ -27,7 +27,7 @@ from experiments import main as main_lib
 from experiments import optimizers, program, report, segments, table, train, workdir
 
 _TURNS = flags.DEFINE_integer('turns', 10, 'Timed segments of each row.', lower_bound=1)
-_STEPS = flags.DEFINE_integer('steps', 20, 'Steps of a segment.', lower_bound=1)
+_STEPS = flags.DEFINE_integer('steps_per_turn', 20, 'Steps of a segment.', lower_bound=1)
 
 
 class _Row:
