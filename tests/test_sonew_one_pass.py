@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import precond_optax
 from precond_optax import LeafRule, placement
 from precond_optax.kernels import cuts, fused, tiles
-from tests import oracles
+from tests import oracles, quick
 from tests.compiled import border, collectives
 
 SHAPES = {'kernel': (64, 256), 'layers': (2, 40, 128), 'heads': (24, 8, 128), 'bias': (7,)}
@@ -192,7 +192,7 @@ def assert_bits(got, expected):
         np.testing.assert_allclose(a, b, rtol=2**-6, atol=1e-3 * np.abs(b).max(initial=1e-6))
 
 
-@pytest.mark.parametrize(('keywords', 'dtype'), LOW)
+@pytest.mark.parametrize(('keywords', 'dtype'), quick.every(2, LOW))
 def test_bfloat16_in_one_pass_is_xlas_bit_by_bit(keywords, dtype, rng):
     """Each entry is rounded by the same noise: of its key and place alone."""
     ours, theirs = sonew('pallas', **keywords), sonew('xla', **keywords)
@@ -363,9 +363,10 @@ def in_a_mesh(kind, spec, tx, grads):
 @pytest.mark.parametrize(
     ('shape', 'batch_axes', 'spec', 'band', 'fills', 'order', 'kind'),
     [
-        *[(*case, 'F', kind) for case in PARTS for kind in (AxisType.Explicit, AxisType.Auto)],
-        *[(*case[:-1], True, case[-1], AxisType.Explicit) for case in ACROSS],
-        *[(*case[:-1], True, case[-1], AxisType.Auto) for case in ACROSS[::4]],
+        *quick.every(2, [(*case, 'F', AxisType.Explicit) for case in PARTS]),
+        *quick.every(2, [(*case, 'F', AxisType.Auto) for case in PARTS], first=1),
+        *quick.every(2, [(*case[:-1], True, case[-1], AxisType.Explicit) for case in ACROSS]),
+        *quick.every(2, [(*case[:-1], True, case[-1], AxisType.Auto) for case in ACROSS], first=1),
     ],
 )
 def test_each_device_steps_its_part(kind, shape, batch_axes, spec, band, fills, order, rng):
@@ -403,7 +404,7 @@ def chain_axes(shape, batch_axes, order):
 @pytest.mark.parametrize(
     ('shape', 'batch_axes', 'spec', 'band', 'fills', 'order'),
     [
-        *[(*PARTS[i], 'F') for i in (0, 2, 6, 8, 9, 10, 11)],
+        *quick.every(2, [(*PARTS[i], 'F') for i in (0, 2, 6, 8, 9, 10, 11)]),
         *[(*case[:-1], True, case[-1]) for case in (ACROSS[0], ACROSS[4], ACROSS[8])],
     ],
 )
@@ -447,8 +448,8 @@ def test_the_parts_are_as_said():
 @pytest.mark.parametrize(
     ('shape', 'batch_axes', 'spec', 'band', 'fills', 'order'),
     [
-        *[(*PARTS[i], 'F') for i in (0, 4, 6, 8, 9)],
-        *[(*ACROSS[i][:-1], True, ACROSS[i][-1]) for i in (0, 4, 5, 6, 8, 9, 10)],
+        *quick.every(2, [(*PARTS[i], 'F') for i in (0, 4, 6, 8, 9)]),
+        *quick.every(2, [(*ACROSS[i][:-1], True, ACROSS[i][-1]) for i in (0, 4, 5, 6, 8, 9, 10)]),
     ],
 )
 def test_a_part_s_noise_is_the_leaf_s(shape, batch_axes, spec, band, fills, order, rng):

@@ -150,7 +150,7 @@ def test_resumed_run_is_the_same_bit_for_bit(tmp_path, stop_after):
 
 def test_killed_run_resumes_bit_for_bit(tmp_path):
     """SIGKILL in the middle, twice; then the same command ends as if nothing had been."""
-    more = ('--task.epochs=5000', '--task.log_every=20', '--task.checkpoint_every_epochs=100')
+    more = ('--task.epochs=2000', '--task.log_every=20', '--task.checkpoint_every_epochs=100')
     assert main(*flags_for(tmp_path / 'whole', *more)).returncode == 0
     cut = tmp_path / 'cut'
     for kill in range(2):
@@ -160,7 +160,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        log, wanted = cut / 'metrics.jsonl', 60 + 200 * kill
+        log, wanted = cut / 'metrics.jsonl', 60 + 100 * kill
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             if log.exists() and len(log.read_text().splitlines()) > wanted:

@@ -82,6 +82,7 @@ def one_device(folder, **changes):
 STAND_IN = '--task=tests/experiments/stand_in.py'
 
 
+@pytest.mark.slow
 def test_killed_stopped_and_resumed_by_one_process(tmp_path):
     """SIGKILL to one, SIGTERM to one, one device for the rest: the curve of one device."""
     changes = dict(epochs=5, log_every=2, checkpoint_every_steps=4)  # 20 steps, 10 rows

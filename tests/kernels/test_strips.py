@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from precond_optax.kernels import banded, chain, strips, tridiagonal
+from tests import quick
 from tests.kernels.steps import (
     arrays,
     assert_near,
@@ -36,7 +37,6 @@ CASES = [
     ((40, 3, 5), 0, (0, 2, 1), 2),  # heads merged with what follows them
     ((2, 40, 2, 3, 2), 1, (1, 2, 3, 4), 2),  # a convolution's, say
 ]
-each_case = pytest.mark.parametrize(('shape', 'batch_axes', 'axes', 'band'), CASES)
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +44,13 @@ def short_strips(monkeypatch):
     monkeypatch.setattr(strips, '_ROWS', (16,))
 
 
-@each_case
-@pytest.mark.parametrize('adam_eps', [1e-8, None])
+@pytest.mark.parametrize(
+    ('shape', 'batch_axes', 'axes', 'band', 'adam_eps'),
+    [
+        *quick.every(2, [(*case, 1e-8) for case in CASES]),
+        *quick.every(2, [(*case, None) for case in CASES], first=1),
+    ],
+)
 def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
     leaf, pattern = strips.cut(shape, batch_axes, axes, band), pattern_of(band)
     given = arrays(rng, shape, axes, band)
@@ -81,7 +86,7 @@ def test_parameters_are_moved(shape, batch_axes, axes, band, dtype, rng):
     np.testing.assert_allclose(np.float32(got[3]), expected, rtol=rtol, atol=atol)
 
 
-@each_case
+@pytest.mark.parametrize(('shape', 'batch_axes', 'axes', 'band'), quick.every(3, CASES))
 def test_largest_row_sums_are_those_of_the_whole(shape, batch_axes, axes, band, rng):
     leaf, pattern = strips.cut(shape, batch_axes, axes, band), pattern_of(band)
     grad, _, nu, edges = arrays(rng, shape, axes, band)
