@@ -16,6 +16,15 @@ _KFAC = (
 _SHAMPOO = dict(learning_rate=3.042e-3, b1=0.8506, b2=0.827, eps=2.218e-5)
 _SHAMPOO_NOTE = 'settings of the search with blocks of 1000 and roots every 20 steps'
 
+# As it was searched here; its config's decay has since been given a wider range, for taggers.
+_ADAMW_SPACE = dict(
+    learning_rate=dict(low=3e-4, high=1e-2),
+    b1=dict(low=0.02, high=0.2, one_minus=True),
+    b2=dict(low=0.002, high=0.2, one_minus=True),
+    eps=dict(low=1e-9, high=1e-4),
+    weight_decay=dict(low=1e-6, high=1e-2),
+)
+
 
 def _row(optimizer: str, settings: dict | None = None, **more: object) -> dict:
     return dict(optimizer=optimizer, settings=settings or {}, **more)
@@ -57,6 +66,7 @@ def get_config() -> config_dict.ConfigDict:
                         b2=0.827,
                         eps=2.218e-5,
                         weight_decay=8.529e-6,
+                        search_space=_ADAMW_SPACE,
                     ),
                     label='AdamW',
                 ),
