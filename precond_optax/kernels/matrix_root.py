@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from precond_optax import placement
+from precond_optax.kernels import calls, cuts
 
 # Of the power iteration for the smallest eigenvalue by Newton-Schulz.
 EIGENVALUE_STEPS, SQUARINGS = 8, 3
@@ -38,7 +39,7 @@ def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 class _Form(NamedTuple):
     """How a batch of matrices is held: in the last two axes, or in the first two.
 
-    In the first two on TPUs, where the batch then fills the lanes and a product is a loop over
+    In the first two on TPUs where the batch then fills the lanes and a product is a loop over
     small matrices' entries, in one pass. Of the batch's own form XLA makes a product of its matrix
     units, for which a 32 x 32 matrix is padded to 32 x 128 and turned round: nine times the
     traffic, eight times the workspace.
@@ -81,8 +82,15 @@ class _Form(NamedTuple):
 
 
 def _form_of(matrices: jax.Array) -> _Form:
-    front = placement.platform() == 'tpu' and matrices.shape[-1] <= _LARGEST_IN_FRONT
-    return _Form(front and matrices.ndim > 2, matrices.ndim)
+    """In front where that is known to fill the lanes: of a part that does not they are padded."""
+    front = (
+        placement.platform() == 'tpu'
+        and matrices.shape[-1] <= _LARGEST_IN_FRONT
+        and matrices.ndim > 2
+        and calls.is_placed('auto', matrices)
+        and jax.typeof(matrices).sharding.shard_shape(matrices.shape)[-3] >= cuts.LANES
+    )
+    return _Form(front, matrices.ndim)
 
 
 def batches_can_deadlock() -> bool:

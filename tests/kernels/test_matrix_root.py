@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend import core
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from precond_optax import placement
 from precond_optax.kernels import matrix_root, shared_basis
@@ -175,10 +177,16 @@ def test_scaled_steps_are_as_exact_as_newton_s(p, rng):
 
 
 @pytest.mark.parametrize(
-    ('axes', 'size'), [((), 5), ((2, 3), 5), ((2,), matrix_root._LARGEST_IN_FRONT + 1)]
+    ('axes', 'size', 'front'),
+    [
+        ((), 5, False),
+        ((2, 128), 5, True),
+        ((128, 2), 5, False),
+        ((128,), matrix_root._LARGEST_IN_FRONT + 1, False),
+    ],
 )
-def test_matrices_in_front_of_their_batch_have_the_same_roots(axes, size, rng, monkeypatch):
-    """As TPUs hold them, but single and large ones."""
+def test_matrices_in_front_of_their_batch_have_the_same_roots(axes, size, front, rng, monkeypatch):
+    """As a TPU holds them, but single, large and few ones."""
     x = rng.normal(size=(*axes, size, 2 * size))
     x = jnp.asarray(x @ np.swapaxes(x, -1, -2) / size, jnp.float32)
     if axes:
@@ -193,13 +201,26 @@ def test_matrices_in_front_of_their_batch_have_the_same_roots(axes, size, rng, m
     )
     expected = [function(x) for function in functions]
     monkeypatch.setattr(placement, 'platform', lambda: 'tpu')
-    assert matrix_root._form_of(x).front == (bool(axes) and size <= 64)
+    assert not matrix_root._form_of(x).front  # of several devices, and none of them known
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    assert matrix_root._form_of(x).front == front
     for function, wanted in zip(functions, expected, strict=True):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5),
             function(x),
             wanted,
         )
+
+
+@pytest.mark.parametrize(('count', 'front'), [(2048, True), (1024, True), (512, False)])
+def test_a_part_fills_the_lanes_or_not(count, front, monkeypatch):
+    """By an eighth of the batch."""
+    monkeypatch.setattr(placement, 'platform', lambda: 'tpu')
+    mesh = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(jnp.ones((count, 3, 3)), NamedSharding(mesh, P('x')))
+    assert matrix_root._form_of(x).front == front
+    both = jax.jit(matrix_root.newton_schulz, static_argnums=1)(x, 5)
+    assert all(part.sharding.spec[0] == 'x' for part in both)
 
 
 def test_negative_eigenvalues_count_as_zero():
