@@ -202,7 +202,7 @@ def shared_basis(rank: int, **keywords: Any) -> optax.GradientTransformation:
 def optimizers(
     bands: Sequence[int], ranks: Sequence[int] = ()
 ) -> dict[str, Callable[..., optax.GradientTransformation]]:
-    """Factories that take a layout: Adam, SONew with each band, the shared basis of each rank.
+    """Factories that take a layout: Adam, SONew of each band by XLA, shared bases of each rank.
 
     The shared basis has a layout of its own.
     """
@@ -210,7 +210,7 @@ def optimizers(
         {'adam': lambda layout=None: optax.adam(1e-3)}
         | {
             f'sonew, band {band}': functools.partial(
-                precond_optax.sonew, 1e-3, mean_eps=None, band=band
+                precond_optax.sonew, 1e-3, mean_eps=None, band=band, impl='xla'
             )
             for band in bands
         }

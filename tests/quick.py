@@ -1,14 +1,16 @@
 """Which of many cases the quick suite takes: the others are slow tests."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 
-def every(n: int, cases: Sequence[tuple[Any, ...]], first: int = 0) -> list[Any]:
-    """The cases, all slow but every n-th from ``first`` on."""
-    return [
-        case if i % n == first else pytest.param(*case, marks=pytest.mark.slow)
-        for i, case in enumerate(cases)
-    ]
+def every(n: int, cases: Iterable[Any], first: int = 0) -> list[Any]:
+    """The cases, of one argument or of a tuple, all slow but every n-th from ``first`` on."""
+
+    def slow(case: Any) -> Any:
+        arguments = case if isinstance(case, tuple) else (case,)
+        return pytest.param(*arguments, marks=pytest.mark.slow)
+
+    return [case if i % n == first else slow(case) for i, case in enumerate(cases)]

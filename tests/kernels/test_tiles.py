@@ -155,12 +155,12 @@ def test_largest_row_sums_are_those_of_the_whole(shape, batch_axes, axes, band, 
 @pytest.mark.parametrize(
     ('shape', 'batch_axes', 'axes', 'band', 'moves'),
     [
-        ((96, 256), 0, (0, 1), 1, False),
+        pytest.param((96, 256), 0, (0, 1), 1, False, marks=pytest.mark.slow),
         ((96, 256), 0, (0, 1), 1, True),
         ((2, 48, 128), 1, (1, 2), 4, True),
         pytest.param((160, 16, 128), 0, (0, 1, 2), 1, False, marks=pytest.mark.slow),
         ((24, 512), 0, (1, 0), 1, True),
-        ((3, 16, 256), 0, (2, 1, 0), 4, False),
+        pytest.param((3, 16, 256), 0, (2, 1, 0), 4, False, marks=pytest.mark.slow),
         pytest.param((128, 16, 64), 0, (0, 1, 2), 2, True, marks=pytest.mark.slow),
     ],
 )
