@@ -5,6 +5,21 @@ from typing import Any
 
 import pytest
 
+from tests.cases import Case
+
+
+def is_slow(case: Case) -> bool:
+    """Whether a row's generic checks are: of variants, and of Sketchy, whose trees are Shampoo's."""
+    return case.variant or case.name == 'sketchy'
+
+
+def rows(all_of_them: Iterable[Case]) -> list[Any]:
+    """Rows of `cases`, as parameters with their names."""
+    return [
+        pytest.param(case, marks=pytest.mark.slow if is_slow(case) else (), id=case.name)
+        for case in all_of_them
+    ]
+
 
 def every(n: int, cases: Iterable[Any], first: int = 0) -> list[Any]:
     """The cases, of one argument or of a tuple, all slow but every n-th from ``first`` on."""

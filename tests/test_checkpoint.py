@@ -27,11 +27,15 @@ def shard(tree, count):
     return jax.tree.map(place, tree)
 
 
+BOTH = ('sonew', 'mbag')
+
+
 def pairs():
-    """Rows, and numbers of devices before and after; more of these only for two rows."""
+    """Rows, and numbers of devices before and after; quick are a few, and two of both."""
     for case in CASES:
         for counts in ((8, 2), (1, 8)):
-            slow = counts != (8, 2) and case.name not in ('sonew', 'mbag')
+            names = (*BOTH, 'shared_basis', 'sketchy', 'soaa') if counts == (8, 2) else BOTH
+            slow = case.name not in names
             marks = [pytest.mark.slow] if slow else []
             yield pytest.param(case, counts, marks=marks, id=f'{case.name}-{counts}')
 

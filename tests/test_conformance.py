@@ -8,18 +8,12 @@ import optax
 import pytest
 
 import precond_optax
-from tests import cases, checks
+from tests import cases, checks, quick
 
 CHECKS = {check.__name__: check for check in checks.ALL}
 
 
-ROWS = [
-    pytest.param(case, marks=pytest.mark.slow if case.variant else (), id=case.name)
-    for case in cases.CASES
-]
-
-
-@pytest.mark.parametrize('case', ROWS)
+@pytest.mark.parametrize('case', quick.rows(cases.CASES))
 @pytest.mark.parametrize('check', CHECKS.values(), ids=CHECKS.keys())
 def test_check(check, case):
     check(case)

@@ -13,13 +13,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from precond_optax import LeafRule, state_sharding
-from tests import cases, checks
+from tests import cases, checks, quick
 
 SHAPES = {'matrix': (16, 8), '3d': (8, 2, 8), 'vector': (8,)}
 STEPS = 3
 CASES = [case for case in cases.TABLE if case.layout]
 
-every_case = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
+every_case = pytest.mark.parametrize('case', quick.rows(CASES))
 
 
 def make_mesh(shape, names, kind=AxisType.Auto):
