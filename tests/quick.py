@@ -9,7 +9,7 @@ from tests.cases import Case
 
 
 def is_slow(case: Case) -> bool:
-    """Whether a row's generic checks are: of variants, and of Sketchy, whose trees are Shampoo's."""
+    """Whether its generic checks are: of variants, and of Sketchy, whose trees are Shampoo's."""
     return case.variant or case.name == 'sketchy'
 
 
