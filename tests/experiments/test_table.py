@@ -16,6 +16,7 @@ from configs.tables import (
     autoencoder_sonew_long,
     language_model,
     pos_tagging,
+    pos_tagging_cost,
     pos_tagging_small,
     pos_tagging_small_xpos,
 )
@@ -387,7 +388,11 @@ def committed_rows(get_config):
             assert entry.note
 
 
-STUDIES = {'sonew': autoencoder_sonew.get_config, 'sonew_long': autoencoder_sonew_long.get_config}
+STUDIES = {
+    'sonew': autoencoder_sonew.get_config,
+    'sonew_long': autoencoder_sonew_long.get_config,
+    'pos_tagging_cost': pos_tagging_cost.get_config,
+}
 
 
 @pytest.mark.parametrize('name', [*COMMITTED, *STUDIES])
