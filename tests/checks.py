@@ -400,22 +400,23 @@ def donated_state_is_not_needed_again(case: Case):
 
 
 def update_and_apply_is_both(case: Case):
-    """With a schedule; whatever a transformation has for it."""
+    """With a schedule; whatever a transformation has for it, jitted, and one step eager."""
     shapes = {'matrix': (6, 4), '3d': (2, 3, 4), 'vector': (4,)}
     start = random_tree(7, shapes=shapes) | {'low': jnp.ones((3, 4), jnp.bfloat16)}
     tx = case.make(optax.linear_schedule(case.learning_rate, 2 * case.learning_rate, 3))
-    step = jax.jit(functools.partial(precond_optax.update_and_apply, tx))
-    params, state, expected, held = start, tx.init(start), start, tx.init(start)
-    for seed in range(3):
-        grads = random_tree(seed, shapes=shapes) | {'low': jnp.full((3, 4), 0.5, jnp.bfloat16)}
-        params, state = step(grads, state, params, value=1.0)
-        updates, held = jax.jit(tx.update)(grads, held, expected)
-        expected = optax.apply_updates(expected, updates)
-    assert types(params) == types(start)
-    assert types(state) == types(held)
-    assert_close(params, expected, rtol=1e-2, atol=1e-5)  # bfloat16's
-    wide = [{k: x for k, x in tree.items() if k != 'low'} for tree in (params, expected)]
-    assert_close(*wide, rtol=1e-4, atol=1e-5)
+    apply = functools.partial(precond_optax.update_and_apply, tx)
+    for step, count in ((jax.jit(apply), 3), (apply, 1)):
+        params, state, expected, held = start, tx.init(start), start, tx.init(start)
+        for seed in range(count):
+            grads = random_tree(seed, shapes=shapes) | {'low': jnp.full((3, 4), 0.5, jnp.bfloat16)}
+            params, state = step(grads, state, params, value=1.0)
+            updates, held = jax.jit(tx.update)(grads, held, expected)
+            expected = optax.apply_updates(expected, updates)
+        assert types(params) == types(start)
+        assert types(state) == types(held)
+        assert_close(params, expected, rtol=1e-2, atol=1e-5)  # bfloat16's
+        wide = [{k: x for k, x in tree.items() if k != 'low'} for tree in (params, expected)]
+        assert_close(*wide, rtol=1e-4, atol=1e-5)
 
 
 def schedule_free_wraps_it(case: Case):

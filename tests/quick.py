@@ -8,16 +8,15 @@ import pytest
 from tests.cases import Case
 
 
-def is_slow(case: Case) -> bool:
-    """Whether its generic checks are: of variants, and of Sketchy, whose trees are Shampoo's."""
-    return case.variant or case.name == 'sketchy'
+def rows(cases: Iterable[Case]) -> list[Any]:
+    """The rows by name, slow for variants and for Sketchy, whose trees are Shampoo's."""
 
+    def is_slow(case: Case) -> bool:
+        return case.variant or case.name == 'sketchy'
 
-def rows(all_of_them: Iterable[Case]) -> list[Any]:
-    """Rows of `cases`, as parameters with their names."""
     return [
         pytest.param(case, marks=pytest.mark.slow if is_slow(case) else (), id=case.name)
-        for case in all_of_them
+        for case in cases
     ]
 
 

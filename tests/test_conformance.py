@@ -1,4 +1,4 @@
-"""Every generic check on every row, slow for variants, and on a row broken on purpose."""
+"""Every generic check on every row, slow for some, and on a row broken on purpose."""
 
 import dataclasses
 

@@ -99,6 +99,7 @@ MOVES = [
     ({'delayed_graft': True, 'weight_decay': 0.1}, 'float32'),
     ({'delayed_graft': True, 'graft': 'rmsprop_normalized', 'nesterov': True}, 'float32'),
     ({'graft': None, 'band': 0}, 'float32'),
+    ({'graft': None, 'order': 'C', 'band': 3}, 'float32'),
     ({'delayed_graft': True, 'relative_eps': 0.1, 'order': 'C'}, 'float32'),
     ({'delayed_graft': True, 'mu_dtype': 'bfloat16', 'stats_dtype': 'bfloat16'}, 'float32'),
     ({'delayed_graft': True, 'band': 2, 'mu_dtype': 'float32'}, 'bfloat16'),
@@ -130,8 +131,8 @@ def test_parameters_moved_by_the_kernel_are_xlas(keywords, dtype, rng, moving):
 
 @pytest.mark.parametrize('keywords', [{}, {'diagnostics': True, 'graft': None}])
 def test_where_it_is_not_known_how_far_parameters_move_after_the_kernel(keywords, rng, moving):
-    params = {'kernel': gradients(rng)['kernel']}
-    grads, tx = [gradients(rng, params)], sonew('pallas', **keywords)
+    params, grads = gradients(rng), [gradients(rng)]
+    tx = sonew('pallas', **keywords)
     got, _ = trained(tx, grads, params, precond_optax.update_and_apply)
     assert not moving
     assert_same(got, trained(tx, grads, params, by_updates)[0])

@@ -39,10 +39,9 @@ def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 class _Form(NamedTuple):
     """How a batch of matrices is held: in the last two axes, or in the first two.
 
-    In the first two on TPUs where the batch then fills the lanes and a product is a loop over
-    small matrices' entries, in one pass. Of the batch's own form XLA makes a product of its matrix
-    units, for which a 32 x 32 matrix is padded to 32 x 128 and turned round: nine times the
-    traffic, eight times the workspace.
+    In the first two on TPUs where the batch fills the lanes: a product is then a loop over small
+    matrices' entries, in one pass. Of the batch's own form XLA makes a product of its matrix
+    units, for which a 32 x 32 matrix is padded to 32 x 128 and turned round.
     """
 
     front: bool
@@ -82,13 +81,13 @@ class _Form(NamedTuple):
 
 
 def _form_of(matrices: jax.Array) -> _Form:
-    """In front where that is known to fill the lanes: of a part that does not they are padded."""
+    """In front where the batch is known to fill the lanes: a chip's small part is padded."""
     front = (
         placement.platform() == 'tpu'
         and matrices.shape[-1] <= _LARGEST_IN_FRONT
         and matrices.ndim > 2
-        and calls.is_placed('auto', matrices)
-        and jax.typeof(matrices).sharding.shard_shape(matrices.shape)[-3] >= cuts.LANES
+        and matrices.shape[-3] >= cuts.LANES
+        and calls.is_alone('auto', matrices)
     )
     return _Form(front, matrices.ndim)
 

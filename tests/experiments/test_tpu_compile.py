@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import precond_optax
 from experiments import tpu_compile
+from precond_optax import placement
 from tests.compiled import border
 
 
@@ -42,6 +43,19 @@ def test_a_step_is_measured_and_shown(params):
     assert '| (3, 4, 4) |' in tpu_compile.leaf_table(leaves, params)
     assert '| sonew ' in tpu_compile.language_model_table(facts)
     assert '| sonew ' in tpu_compile.traffic_table(facts)
+
+
+def test_sonew_is_xla_s_even_on_a_tpu(monkeypatch):
+    """Where 'auto' would take the kernel, which has rows of its own."""
+    monkeypatch.setattr(placement, 'platform', lambda: 'tpu')
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    leaf = jnp.ones((64, 256))
+    for tx, has_kernel in (
+        (tpu_compile.optimizers([1])['sonew, band 1'](), False),
+        (precond_optax.sonew(1e-3), True),
+    ):
+        program = str(jax.make_jaxpr(tx.update)(leaf, tx.init(leaf), leaf))
+        assert ('pallas_call' in program) == has_kernel
 
 
 def test_the_bands_are_factories():

@@ -179,7 +179,9 @@ def test_scaled_steps_are_as_exact_as_newton_s(p, rng):
 @pytest.mark.parametrize(
     ('axes', 'size', 'front'),
     [
+        ((), 1, False),
         ((), 5, False),
+        ((128,), 1, True),
         ((2, 128), 5, True),
         ((128, 2), 5, False),
         ((128,), matrix_root._LARGEST_IN_FRONT + 1, False),
@@ -212,15 +214,24 @@ def test_matrices_in_front_of_their_batch_have_the_same_roots(axes, size, front,
         )
 
 
-@pytest.mark.parametrize(('count', 'front'), [(2048, True), (1024, True), (512, False)])
-def test_a_part_fills_the_lanes_or_not(count, front, monkeypatch):
-    """By an eighth of the batch."""
+@pytest.mark.parametrize('kind', [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize(('devices', 'front'), [(1, True), (8, False)])
+def test_a_batch_that_is_shared_out_keeps_its_form(devices, front, kind, monkeypatch):
+    """A part of it need not fill the lanes."""
     monkeypatch.setattr(placement, 'platform', lambda: 'tpu')
-    mesh = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Explicit,))
-    x = jax.device_put(jnp.ones((count, 3, 3)), NamedSharding(mesh, P('x')))
-    assert matrix_root._form_of(x).front == front
-    both = jax.jit(matrix_root.newton_schulz, static_argnums=1)(x, 5)
-    assert all(part.sharding.spec[0] == 'x' for part in both)
+    mesh = jax.make_mesh((devices,), ('x',), axis_types=(kind,), devices=jax.devices()[:devices])
+    x = jax.device_put(jnp.ones((1024, 3, 3)), NamedSharding(mesh, P('x')))
+    forms = []
+
+    @jax.jit
+    def roots(x):
+        forms.append(matrix_root._form_of(x))
+        return matrix_root.newton_schulz(x, 5)
+
+    with jax.set_mesh(mesh):
+        results = roots(x)
+    assert [form.front for form in forms] == [front]
+    assert all(result.sharding.is_equivalent_to(x.sharding, result.ndim) for result in results)
 
 
 def test_negative_eigenvalues_count_as_zero():
