@@ -1,6 +1,6 @@
 """Which of many cases the quick suite takes: the others are slow tests."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -8,11 +8,14 @@ import pytest
 from tests.cases import Case
 
 
-def rows(cases: Iterable[Case]) -> list[Any]:
-    """The rows by name, slow for variants and for Sketchy, whose trees are Shampoo's."""
+def rows(cases: Iterable[Case], only: Collection[str] = ()) -> list[Any]:
+    """The rows by name, slow but for ``only`` these, or for variants and Sketchy if none is named.
+
+    Sketchy's trees are Shampoo's.
+    """
 
     def is_slow(case: Case) -> bool:
-        return case.variant or case.name == 'sketchy'
+        return case.name not in only if only else case.variant or case.name == 'sketchy'
 
     return [
         pytest.param(case, marks=pytest.mark.slow if is_slow(case) else (), id=case.name)

@@ -1,6 +1,7 @@
 """What `update_and_apply` does beside the generic check `update_and_apply_is_both`."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 import precond_optax
+from tests import quick
 
 SHAPES = {'kernel': (6, 4), 'head': (4, 3), 'bias': (4,)}
 
@@ -29,9 +31,17 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize('decay', [0.1, optax.linear_schedule(0.1, 0.3, 2)], ids=['', 'schedule'])
-@pytest.mark.parametrize('mask', MASKS)
-@pytest.mark.parametrize('rate', [0.1, optax.linear_schedule(0.1, 0.2, 2)], ids=['', 'schedule'])
+@pytest.mark.parametrize(
+    ('decay', 'mask', 'rate'),
+    quick.every(
+        3,
+        itertools.product(
+            [0.1, optax.linear_schedule(0.1, 0.3, 2)],
+            MASKS,
+            [0.1, optax.linear_schedule(0.1, 0.2, 2)],
+        ),
+    ),
+)
 def test_decay_and_rate_are_those_of_the_update(decay, mask, rate, rng):
     tx = precond_optax.sonew(rate, eps=0.1, weight_decay=decay, mask=MASKS[mask])
     assert hasattr(tx.update, 'applied')

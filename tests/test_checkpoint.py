@@ -27,16 +27,14 @@ def shard(tree, count):
     return jax.tree.map(place, tree)
 
 
-BOTH = ('sonew', 'mbag')
+QUICK = {(8, 2): ('sonew', 'mbag', 'shared_basis'), (1, 8): ('sonew',)}
 
 
 def pairs():
-    """Rows, and numbers of devices before and after; quick are a few, and two of both."""
+    """Rows, and numbers of devices before and after."""
     for case in CASES:
-        for counts in ((8, 2), (1, 8)):
-            names = (*BOTH, 'shared_basis', 'sketchy', 'soaa') if counts == (8, 2) else BOTH
-            slow = case.name not in names
-            marks = [pytest.mark.slow] if slow else []
+        for counts, names in QUICK.items():
+            marks = () if case.name in names else pytest.mark.slow
             yield pytest.param(case, counts, marks=marks, id=f'{case.name}-{counts}')
 
 

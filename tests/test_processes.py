@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import cases
+from tests import cases, quick
 from tests import process_worker as worker
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -66,10 +66,7 @@ def below(results, prefix):
     return {k.removeprefix(prefix): v for k, v in results.items() if k.startswith(prefix + '[')}
 
 
-WIDEST = pytest.param('sonew_band_4', marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize('method', [m for m in worker.METHODS if m != 'sonew_band_4'] + [WIDEST])
+@pytest.mark.parametrize('method', quick.every(3, worker.METHODS))
 def test_one_process_with_eight_devices_equals_one_device(method):
     one = worker.make_mesh(jax.devices()[:1])
     expected = train_from_start(method, one, 'rows', worker.BEFORE)

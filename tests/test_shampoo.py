@@ -1,5 +1,7 @@
 """Shampoo and Sketchy against dense matrices, and what they have in common."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,14 @@ import pytest
 import precond_optax
 from precond_optax import LeafRule
 from precond_optax.kernels import matrix_root
-from tests import oracles
+from tests import oracles, quick
 from tests.test_mbag import gradients, last_update
 
 shampoo, sketchy = precond_optax.scale_by_shampoo, precond_optax.scale_by_sketchy
 PLAIN = {'b1': 0.0, 'b2': 0.9, 'eps': 1e-3, 'graft': None, 'update_every': 1}
 METHODS = {'shampoo': (shampoo, {}), 'sketchy': (sketchy, {'rank': 2})}
 both = pytest.mark.parametrize('method', METHODS)
+shampoo_s = pytest.mark.parametrize('method', quick.every(2, METHODS))  # Sketchy's are slow
 
 
 def make(method, **keywords):
@@ -132,7 +135,7 @@ def test_batch_axes_stack_leaves(method):
         assert_near(stacked[layer], alone, 1e-8)
 
 
-@both
+@shampoo_s
 def test_a_block_is_a_leaf_of_its_own(method):
     """And what fills the last one up changes nothing: no size of block has whole ones here."""
     grads = gradients((7, 5), 4)
@@ -231,7 +234,7 @@ def test_the_plan_names_blocks_and_rules_override():
         assert plan.state_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
 
 
-@both
+@shampoo_s
 def test_a_failed_root_keeps_the_last(method, monkeypatch):
     decompose = matrix_root.decompose
 
@@ -274,8 +277,9 @@ def test_without_any_root_the_grafting_direction_is_taken(method):
     assert not np.any(found)
 
 
-@both
-@pytest.mark.parametrize('scale', [1e-15, 1e15, 1e25])
+@pytest.mark.parametrize(
+    ('scale', 'method'), quick.every(2, itertools.product([1e-15, 1e15, 1e25], METHODS))
+)
 def test_any_size_and_condition_is_finite(method, scale):
     rng = np.random.default_rng(0)
     column = np.geomspace(1, 1e-8, 8)[:, None]

@@ -96,8 +96,14 @@ def test_roots_of_many_groups_are_spread():
     assert mini_block.slices((9000,), every=50) == (0, 45)
 
 
-@pytest.mark.parametrize('kind', KINDS, ids=str)
-@pytest.mark.parametrize(('make', 'shape', 'spec'), GATHERED)
+@pytest.mark.parametrize(
+    ('make', 'shape', 'spec', 'kind'),
+    [
+        case
+        for first, kind in enumerate(KINDS)
+        for case in quick.every(2, [(*made, kind) for made in GATHERED], first)
+    ],
+)
 def test_other_shards_are_gathered_and_give_the_same(make, shape, spec, kind):
     """So the check above can fail."""
     tx = make()

@@ -92,7 +92,7 @@ def test_no_coefficients_move(shape, rule, spec, expected, root):
     check(collectives(compiled.as_text()), params, rule)
 
 
-@pytest.mark.parametrize(('shape', 'rule', 'spec', 'expected'), CASES)
+@pytest.mark.parametrize(('shape', 'rule', 'spec', 'expected'), quick.every(2, CASES))
 def test_explicit_meshes_move_no_more(shape, rule, spec, expected):
     compiled, params, states = step_on_a_mesh(shape, rule, spec, AxisType.Explicit)
     for state in states:

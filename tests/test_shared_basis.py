@@ -1,5 +1,7 @@
 """The shared basis as a transformation; tests/kernels/test_shared_basis.py has its mathematics."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import precond_optax
 from precond_optax import LeafRule
 from precond_optax.kernels import matrix_root
-from tests import oracles
+from tests import oracles, quick
 
 scale_by = precond_optax.scale_by_shared_basis
 PLAIN = dict(b1=0.0, b2=1.0, eps=1e-2, graft=None)  # Algorithm 1 and nothing else
@@ -49,8 +51,7 @@ SEEN = {
 }
 
 
-@pytest.mark.parametrize('kind', SEEN)
-@pytest.mark.parametrize('rank', [2, 12])
+@pytest.mark.parametrize(('rank', 'kind'), quick.every(2, itertools.product([2, 12], SEEN)))
 def test_leaves_are_seen_as_blocks_of_outputs(rng, kind, rank):
     shape, rule, output_axes, size = SEEN[kind]
     grads = random_grads(rng, shape, 4)

@@ -1,6 +1,7 @@
 """SOAA against the oracle, and what is its own; test_conformance.py has the rest."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import precond_optax
-from tests import oracles
+from tests import oracles, quick
 
 scale_by = precond_optax.scale_by_soaa
 FISHERS = ('uncentered', 'centered')
@@ -60,10 +61,15 @@ def assert_close(actual, expected, rtol, atol=None):
 
 
 # Gradients below 1 / 2 are under sqrt(s), large ones under F: in between there are both.
-@pytest.mark.parametrize('size', [0.1, 1.0, 30.0])
-@pytest.mark.parametrize('fisher', FISHERS)
-@pytest.mark.parametrize('dtype', ['float32', 'float64'])
-@pytest.mark.parametrize('given', ['always', 'never', 'sometimes'])
+@pytest.mark.parametrize(
+    ('size', 'fisher', 'dtype', 'given'),
+    quick.every(
+        5,
+        itertools.product(
+            [0.1, 1.0, 30.0], FISHERS, ['float32', 'float64'], ['always', 'never', 'sometimes']
+        ),
+    ),
+)
 def test_ten_steps_by_hand(rng, size, fisher, dtype, given):
     grads, losses = random_run(rng, 10, size)
     known = {'always': range(10), 'never': (), 'sometimes': (0, 1, 2, 5, 6, 9)}[given]

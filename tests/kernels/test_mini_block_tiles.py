@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import precond_optax
 from precond_optax import placement
 from precond_optax.kernels import mini_block, mini_block_tiles
+from tests import quick
 
 # The groups' axes, and their entries.
 CASES = [
@@ -132,7 +133,7 @@ def gradients(rng):
     return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in SHAPES.items()}
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', quick.every(2, METHODS))
 def test_methods_through_their_kernels_are_xlas(name, rng, runs):
     factory, keywords = METHODS[name]
     ours, theirs = (factory(0.1, impl=impl, **keywords) for impl in ('pallas', 'xla'))

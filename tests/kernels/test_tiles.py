@@ -92,10 +92,13 @@ def test_one_pass_is_the_verbs(shape, batch_axes, axes, band, adam_eps, rng):
 
 @pytest.mark.parametrize(
     ('shape', 'batch_axes', 'axes', 'band', 'dtype'),
-    [
-        (*case, 'bfloat16' if i % 3 else 'float32')
-        for i, case in enumerate([*CASES[1:3], *CASES[5:10], *ACROSS[1:9:2], *ACROSS[-3:]])
-    ],
+    quick.every(
+        2,
+        [
+            (*case, 'bfloat16' if i % 3 else 'float32')
+            for i, case in enumerate([*CASES[1:3], *CASES[5:10], *ACROSS[1:9:2], *ACROSS[-3:]])
+        ],
+    ),
 )
 def test_parameters_are_moved(shape, batch_axes, axes, band, dtype, rng):
     """Each chain by its own numbers; all else is as without."""
@@ -134,7 +137,7 @@ def test_tiles_have_room(rows, band):
             assert math.prod(tile) * (3 + max(1, band)) <= 2**18, (shape, leaf)
 
 
-@pytest.mark.parametrize(('shape', 'batch_axes', 'axes', 'band'), quick.every(3, CASES + ACROSS))
+@pytest.mark.parametrize(('shape', 'batch_axes', 'axes', 'band'), quick.every(5, CASES + ACROSS))
 def test_largest_row_sums_are_those_of_the_whole(shape, batch_axes, axes, band, rng):
     leaf = tiles.cut(shape, batch_axes, axes, band)
     pattern = pattern_of(band)
