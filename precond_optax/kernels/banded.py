@@ -67,11 +67,11 @@ def accumulate(
       ([0.5, 2.0, 8.0], [1.0, 4.0, 0.0], [2.0, 0.0, 0.0])
     """
     diag = b2 * diag + (1 - b2) * grad * grad
-    edges, later = [], grad
-    for edge in offdiag:
-        later = chain.successor(later, axes)
-        edges.append(b2 * edge + (1 - b2) * grad * later)
-    return diag, tuple(edges)
+    if not offdiag:
+        return diag, ()
+    later = chain.successors(grad, len(offdiag), axes)
+    pairs = zip(offdiag, later, strict=True)
+    return diag, tuple(b2 * edge + (1 - b2) * grad * x for edge, x in pairs)
 
 
 def factor(
@@ -125,6 +125,14 @@ def _reciprocal(pivot: jax.Array, diag: jax.Array, tolerance: Scalar) -> jax.Arr
     return jnp.where(keep, 1 / jnp.where(keep, pivot, 1), 0)
 
 
+def _later(
+    a: jax.Array, offdiag: tuple[jax.Array, ...], axes: Sequence[int]
+) -> list[tuple[jax.Array, ...]]:
+    """By lag, what H holds at entry j+p+1 for p from 0 on: the rows p of H[I_j, I_j]."""
+    held = (a, *offdiag[:-1])
+    return [chain.successors(x, len(held) - lag, axes) for lag, x in enumerate(held)]
+
+
 def _solve_unrolled(
     a: jax.Array, offdiag: tuple[jax.Array, ...], tolerance: Scalar, axes: Sequence[int]
 ) -> tuple[list[jax.Array], jax.Array]:
@@ -134,11 +142,10 @@ def _solve_unrolled(
     scaled: dict[tuple[int, int], jax.Array] = {}  # L_qp D_pp, below the diagonal
     rhs: list[jax.Array] = []  # y = L^-1 H[I_j, j]
     schur = a
-    later = [a, *offdiag]
+    later = _later(a, offdiag, axes)
     for p in range(size):
-        # Row p of H[I_j, I_j] is what H holds at entry j+p+1: p+1 steps on.
-        later = [chain.successor(x, axes) for x in later[: size - p]]
-        diag, column = later[0], dict(enumerate(later[1:], p + 1))
+        diag, *right = (x[p] for x in later[: size - p])
+        column = dict(enumerate(right, p + 1))
         pivot, y = diag, offdiag[p]
         for i in range(p):
             lower = scaled[p, i] * inverse[i]
@@ -162,11 +169,9 @@ def _solve_looped(
 ) -> tuple[list[jax.Array], jax.Array]:
     """The same by Gauss-Jordan elimination of H on I_j and j, j last, in a compiled loop."""
     size = len(offdiag)
-    later = [a, *offdiag]
     rows: list[list[Any]] = [[None] * size + [edge] for edge in offdiag]
-    for p in range(size):
-        later = [chain.successor(x, axes) for x in later[: size - p]]
-        for lag, x in enumerate(later):
+    for lag, shifted in enumerate(_later(a, offdiag, axes)):
+        for p, x in enumerate(shifted):
             rows[p][p + lag] = rows[p + lag][p] = x
     matrix = jnp.stack([jnp.stack(row) for row in [*rows, [*offdiag, a]]])
     diags = jnp.stack([rows[p][p] for p in range(size)])
@@ -203,12 +208,13 @@ def apply(
       >>> apply(psi, schur, jnp.array([3.0, 3]), axes=(0,)).tolist()  # inv([[2, 1], [1, 2]]) @ x
       [1.0, 1.0]
     """
-    y, later = x, x
-    for ratio in psi:
-        later = chain.successor(later, axes)
+    if not psi:
+        return x / schur
+    y = x
+    for ratio, later in zip(psi, chain.successors(x, len(psi), axes), strict=True):
         y = y - ratio * later
     z = y / schur
-    return z - chain.sum_of_predecessors([ratio * z for ratio in psi], axes) if psi else z
+    return z - chain.sum_of_predecessors([ratio * z for ratio in psi], axes)
 
 
 def to_dense(psi: tuple[jax.Array, ...], schur: jax.Array, *, axes: Sequence[int]) -> jax.Array:

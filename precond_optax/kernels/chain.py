@@ -141,42 +141,64 @@ def _neighbour_of_shards(x: jax.Array, shards: Shards, step: int) -> jax.Array:
     """`_neighbour` of one device's part."""
     if not shards.cuts:
         return _neighbour(x, shards.axes, step)
-    return _joined(x, shards, step)
+    (one,) = _joined(x, shards, step, 1)
+    return one
 
 
-def _joined(x: jax.Array, shards: Shards, step: int) -> jax.Array:
-    """The same as the rows there are, and those that follow them."""
+def _joined(x: jax.Array, shards: Shards, step: int, count: int) -> tuple[jax.Array, ...]:
+    """The neighbours one step on to ``count``, as the rows there are and those that follow them.
+
+    They are slices of one array, which are read in place: a shift of its own would be a copy. Of
+    those before (``step`` -1) no more than one is taken anywhere.
+    """
     if not shards.axes:
-        return jnp.zeros_like(x)
+        return (jnp.zeros_like(x),) * count
     fastest, size = shards.axes[0], x.shape[shards.axes[0]]
-    end, begin = (0, 1) if step == 1 else (size - 1, 0)
-    further = beyond(lax.slice_in_dim(x, end, end + 1, axis=fastest), shards, step)
-    if size == 1:
-        return further
-    own = lax.slice_in_dim(x, begin, begin + size - 1, axis=fastest)
-    return jnp.concatenate([own, further][::step], fastest)
+    if count > size:
+        near = _joined(x, shards, step, size)
+        return near + _joined(near[-1], shards, step, count - size)
+    rows = functools.partial(lax.slice_in_dim, axis=fastest)
+    if step == 1:
+        own, edge = rows(x, 1, size), rows(x, 0, count)
+    else:
+        own, edge = rows(x, 0, size - 1), rows(x, size - 1, size)
+    further = beyond(edge, shards, step)
+    longer = jnp.concatenate([own, further][::step], fastest) if size > 1 else further
+    return tuple(rows(longer, start, start + size) for start in range(count))
 
 
-def _neighbour_anywhere(x: jax.Array, axes: ChainAxes, step: int) -> jax.Array:
-    """`_neighbour`, however the axes are given and whatever is known of the place."""
+def _neighbours(x: jax.Array, axes: ChainAxes, step: int, count: int) -> tuple[jax.Array, ...]:
+    """Those one step on to ``count``, however axes are given and wherever the array is."""
+
+    def one_by_one(
+        x: jax.Array, neighbour: Callable[[jax.Array], jax.Array]
+    ) -> tuple[jax.Array, ...]:
+        found = [x]
+        for _ in range(count):
+            found.append(neighbour(found[-1]))
+        return tuple(found[1:])
+
     if isinstance(axes, Tile):
-        return axes.roll(x, -step)
+        return one_by_one(x, lambda x: axes.roll(x, -step))
     if isinstance(axes, Shards):
-        return _neighbour_of_shards(x, axes, step)
+        if axes.cuts:
+            return _joined(x, axes, step, count)
+        return one_by_one(x, lambda x: _neighbour(x, axes.axes, step))
 
-    def shifted(x: jax.Array) -> tuple[jax.Array]:
-        by_roll = functools.partial(_neighbour, axes=axes, step=step)
+    def shifted(x: jax.Array) -> tuple[jax.Array, ...]:
+        def by_rolls(x: jax.Array) -> tuple[jax.Array, ...]:
+            return one_by_one(x, lambda x: _neighbour(x, axes, step))
+
         if jax.device_count() > 1 or not isinstance(x, jax.core.Tracer):
-            return (by_roll(x),)
+            return by_rolls(x)
         # There are no other parts. A CPU copies what is rolled, and branches for each entry to
         # choose between it and the border. What is traced here may be for many other devices.
         alone = Shards(tuple(axes), ((),) * x.ndim)
-        by_parts = functools.partial(_joined, shards=alone, step=step)
-        return (lax.platform_dependent(x, cpu=by_parts, default=by_roll),)
+        by_parts = functools.partial(_joined, shards=alone, step=step, count=count)
+        return lax.platform_dependent(x, cpu=by_parts, default=by_rolls)
 
     # Along explicit axes rolls and masks have no rule.
-    (one,) = placement.in_auto_axes(shifted, x, [placement.like(x)], x)
-    return one
+    return placement.in_auto_axes(shifted, x, [placement.like(x)] * count, x)
 
 
 def successor(x: jax.Array, axes: ChainAxes) -> jax.Array:
@@ -194,7 +216,26 @@ def successor(x: jax.Array, axes: ChainAxes) -> jax.Array:
       >>> successor(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
       [[2, 4, 6], [3, 5, 0]]
     """
-    return _neighbour_anywhere(x, axes, 1)
+    return successors(x, 1, axes)[0]
+
+
+def successors(x: jax.Array, count: int, axes: ChainAxes) -> tuple[jax.Array, ...]:
+    """The next entry along the chain in place of each entry, the one after it, and so on.
+
+    Args:
+      x: array of any shape and numeric dtype.
+      count: how many steps on, at least one.
+      axes: the chain's axes, fastest first; the others are batch axes.
+
+    Returns:
+      ``count`` arrays of the shape and dtype of ``x``, zero past the chain's end.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> [x.tolist() for x in successors(jnp.array([1, 2, 3, 4]), 3, axes=(0,))]
+      [[2, 3, 4, 0], [3, 4, 0, 0], [4, 0, 0, 0]]
+    """
+    return _neighbours(x, axes, 1, count)
 
 
 def predecessor(x: jax.Array, axes: ChainAxes) -> jax.Array:
@@ -212,7 +253,7 @@ def predecessor(x: jax.Array, axes: ChainAxes) -> jax.Array:
       >>> predecessor(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
       [[0, 2, 4], [1, 3, 5]]
     """
-    return _neighbour_anywhere(x, axes, -1)
+    return _neighbours(x, axes, -1, 1)[0]
 
 
 def sum_of_predecessors(arrays: Sequence[jax.Array], axes: ChainAxes) -> jax.Array:
