@@ -26,7 +26,7 @@ References:
   edges). Their ``L_{I_j j}`` is ``-psi_j`` here, ``D_jj`` is ``1 / S_j``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -127,7 +127,7 @@ def _reciprocal(pivot: jax.Array, diag: jax.Array, tolerance: Scalar) -> jax.Arr
 
 def _later(
     a: jax.Array, offdiag: tuple[jax.Array, ...], axes: Sequence[int]
-) -> list[tuple[jax.Array, ...]]:
+) -> list[Iterator[jax.Array]]:
     """By lag, what H holds at entry j+p+1 for p from 0 on: the rows p of H[I_j, I_j]."""
     held = (a, *offdiag[:-1])
     return [chain.successors(x, len(held) - lag, axes) for lag, x in enumerate(held)]
@@ -144,7 +144,7 @@ def _solve_unrolled(
     schur = a
     later = _later(a, offdiag, axes)
     for p in range(size):
-        diag, *right = (x[p] for x in later[: size - p])
+        diag, *right = (next(x) for x in later[: size - p])
         column = dict(enumerate(right, p + 1))
         pivot, y = diag, offdiag[p]
         for i in range(p):

@@ -16,7 +16,7 @@ ring of shards; so does the shift of the border row along the slower axes.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -216,10 +216,10 @@ def successor(x: jax.Array, axes: ChainAxes) -> jax.Array:
       >>> successor(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
       [[2, 4, 6], [3, 5, 0]]
     """
-    return successors(x, 1, axes)[0]
+    return _neighbours(x, axes, 1, 1)[0]
 
 
-def successors(x: jax.Array, count: int, axes: ChainAxes) -> tuple[jax.Array, ...]:
+def successors(x: jax.Array, count: int, axes: ChainAxes) -> Iterator[jax.Array]:
     """The next entry along the chain in place of each entry, the one after it, and so on.
 
     Args:
@@ -227,15 +227,21 @@ def successors(x: jax.Array, count: int, axes: ChainAxes) -> tuple[jax.Array, ..
       count: how many steps on, at least one.
       axes: the chain's axes, fastest first; the others are batch axes.
 
-    Returns:
-      ``count`` arrays of the shape and dtype of ``x``, zero past the chain's end.
+    Yields:
+      ``count`` arrays of the shape and dtype of ``x``, zero past the chain's end; in a kernel no
+      sooner than they are taken, as a tile's registers are few.
 
     Example:
       >>> import jax.numpy as jnp
       >>> [x.tolist() for x in successors(jnp.array([1, 2, 3, 4]), 3, axes=(0,))]
       [[2, 3, 4, 0], [3, 4, 0, 0], [4, 0, 0, 0]]
     """
-    return _neighbours(x, axes, 1, count)
+    if not isinstance(axes, Tile):
+        yield from _neighbours(x, axes, 1, count)
+        return
+    for _ in range(count):
+        x = successor(x, axes)
+        yield x
 
 
 def predecessor(x: jax.Array, axes: ChainAxes) -> jax.Array:
