@@ -28,6 +28,17 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
     yield 'Nesterov, b2 rising, rate x 0.7', dict(nesterov=True, learning_rate=lower, **rising)
     yield 'Nesterov, b2 rising, rate x 1.4', dict(nesterov=True, learning_rate=higher, **rising)
     yield 'Nesterov, b2 rising, rate x 2', dict(nesterov=True, learning_rate=2 * rate, **rising)
+    # The gradients that eps is added to the squares of get smaller as well.
+    falling = dict(schedules=dict(**rising['schedules'], eps=(BASE['eps'], 0.01 * BASE['eps'])))
+    yield (
+        'Nesterov, b2 rising, eps falling, rate x 1.4',
+        dict(nesterov=True, learning_rate=higher, **falling),
+    )
+    slower = dict(schedules=dict(b2=(BASE['b2'], 0.999)))
+    yield (
+        'Nesterov, b2 from 0.948 to 0.999, rate x 1.4',
+        dict(nesterov=True, learning_rate=higher, **slower),
+    )
     yield 'learning rate x 0.7', dict(learning_rate=lower)
     yield 'eps x 0.1', dict(eps=0.1 * BASE['eps'])
     yield 'eps x 4', dict(eps=4 * BASE['eps'])
