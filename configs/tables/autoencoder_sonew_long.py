@@ -62,6 +62,11 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
         'band 4, Nesterov, b2 rising, eps x 4',
         dict(band=4, nesterov=True, eps=4 * BASE['eps'], **rising),
     )
+    for band in (4, 8):
+        yield (
+            f'band {band}, Nesterov, b2 rising, eps falling, rate x 1.4',
+            dict(band=band, nesterov=True, learning_rate=higher, **falling),
+        )
     yield (
         'band 8, Nesterov, b2 rising, rate x 1.4',
         dict(band=8, nesterov=True, learning_rate=higher, **rising),
