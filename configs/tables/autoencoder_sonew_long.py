@@ -34,6 +34,12 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
         'Nesterov, b2 rising, eps falling, rate x 1.4',
         dict(nesterov=True, learning_rate=higher, **falling),
     )
+    # A hundredth gains 0.2 until step 4,400 and has lost half of it at the end.
+    tenth = dict(schedules=dict(**rising['schedules'], eps=(BASE['eps'], 0.1 * BASE['eps'])))
+    yield (
+        'Nesterov, b2 rising, eps to a tenth, rate x 1.4',
+        dict(nesterov=True, learning_rate=higher, **tenth),
+    )
     slower = dict(schedules=dict(b2=(BASE['b2'], 0.999)))
     yield (
         'Nesterov, b2 from 0.948 to 0.999, rate x 1.4',
@@ -64,8 +70,8 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
     )
     for band in (4, 8):
         yield (
-            f'band {band}, Nesterov, b2 rising, eps falling, rate x 1.4',
-            dict(band=band, nesterov=True, learning_rate=higher, **falling),
+            f'band {band}, Nesterov, b2 rising, eps to a tenth, rate x 1.4',
+            dict(band=band, nesterov=True, learning_rate=higher, **tenth),
         )
     yield (
         'band 8, Nesterov, b2 rising, rate x 1.4',
