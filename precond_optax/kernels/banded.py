@@ -67,8 +67,6 @@ def accumulate(
       ([0.5, 2.0, 8.0], [1.0, 4.0, 0.0], [2.0, 0.0, 0.0])
     """
     diag = b2 * diag + (1 - b2) * grad * grad
-    if not offdiag:
-        return diag, ()
     later = chain.successors(grad, len(offdiag), axes)
     pairs = zip(offdiag, later, strict=True)
     return diag, tuple(b2 * edge + (1 - b2) * grad * x for edge, x in pairs)
@@ -208,13 +206,11 @@ def apply(
       >>> apply(psi, schur, jnp.array([3.0, 3]), axes=(0,)).tolist()  # inv([[2, 1], [1, 2]]) @ x
       [1.0, 1.0]
     """
-    if not psi:
-        return x / schur
     y = x
     for ratio, later in zip(psi, chain.successors(x, len(psi), axes), strict=True):
         y = y - ratio * later
     z = y / schur
-    return z - chain.sum_of_predecessors([ratio * z for ratio in psi], axes)
+    return z - chain.sum_of_predecessors([ratio * z for ratio in psi], axes) if psi else z
 
 
 def to_dense(psi: tuple[jax.Array, ...], schur: jax.Array, *, axes: Sequence[int]) -> jax.Array:

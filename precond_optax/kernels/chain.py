@@ -92,7 +92,7 @@ def beyond(edge: jax.Array, shards: Shards, step: int) -> jax.Array:
       Rows like ``edge``; zero past the chain's ends.
     """
     fastest, *slower = shards.axes
-    further = _neighbour_of_shards(edge, shards._replace(axes=tuple(slower)), step)
+    (further,) = _neighbours(edge, shards._replace(axes=tuple(slower)), step, 1)
     names = shards.names[fastest]
     if not names:
         return further
@@ -137,14 +137,6 @@ def ends(
     return beyond(stacked(size - count), shards, -1), beyond(stacked(0), shards, 1)
 
 
-def _neighbour_of_shards(x: jax.Array, shards: Shards, step: int) -> jax.Array:
-    """`_neighbour` of one device's part."""
-    if not shards.cuts:
-        return _neighbour(x, shards.axes, step)
-    (one,) = _joined(x, shards, step, 1)
-    return one
-
-
 def _joined(x: jax.Array, shards: Shards, step: int, count: int) -> tuple[jax.Array, ...]:
     """The neighbours one step on to ``count``, as the rows there are and those that follow them.
 
@@ -167,28 +159,25 @@ def _joined(x: jax.Array, shards: Shards, step: int, count: int) -> tuple[jax.Ar
     return tuple(rows(longer, start, start + size) for start in range(count))
 
 
-def _neighbours(x: jax.Array, axes: ChainAxes, step: int, count: int) -> tuple[jax.Array, ...]:
+def _rolled(x: jax.Array, axes: Sequence[int], step: int, count: int) -> tuple[jax.Array, ...]:
+    """The neighbours one step on to ``count``, each from the one before."""
+    found = [x]
+    for _ in range(count):
+        found.append(_neighbour(found[-1], axes, step))
+    return tuple(found[1:])
+
+
+def _neighbours(
+    x: jax.Array, axes: Sequence[int] | Shards, step: int, count: int
+) -> tuple[jax.Array, ...]:
     """Those one step on to ``count``, however axes are given and wherever the array is."""
-
-    def one_by_one(
-        x: jax.Array, neighbour: Callable[[jax.Array], jax.Array]
-    ) -> tuple[jax.Array, ...]:
-        found = [x]
-        for _ in range(count):
-            found.append(neighbour(found[-1]))
-        return tuple(found[1:])
-
-    if isinstance(axes, Tile):
-        return one_by_one(x, lambda x: axes.roll(x, -step))
     if isinstance(axes, Shards):
         if axes.cuts:
             return _joined(x, axes, step, count)
-        return one_by_one(x, lambda x: _neighbour(x, axes.axes, step))
+        return _rolled(x, axes.axes, step, count)
+    by_rolls = functools.partial(_rolled, axes=axes, step=step, count=count)
 
     def shifted(x: jax.Array) -> tuple[jax.Array, ...]:
-        def by_rolls(x: jax.Array) -> tuple[jax.Array, ...]:
-            return one_by_one(x, lambda x: _neighbour(x, axes, step))
-
         if jax.device_count() > 1 or not isinstance(x, jax.core.Tracer):
             return by_rolls(x)
         # There are no other parts. A CPU copies what is rolled, and branches for each entry to
@@ -216,7 +205,8 @@ def successor(x: jax.Array, axes: ChainAxes) -> jax.Array:
       >>> successor(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
       [[2, 4, 6], [3, 5, 0]]
     """
-    return _neighbours(x, axes, 1, 1)[0]
+    (one,) = successors(x, 1, axes)
+    return one
 
 
 def successors(x: jax.Array, count: int, axes: ChainAxes) -> Iterator[jax.Array]:
@@ -224,7 +214,7 @@ def successors(x: jax.Array, count: int, axes: ChainAxes) -> Iterator[jax.Array]
 
     Args:
       x: array of any shape and numeric dtype.
-      count: how many steps on, at least one.
+      count: how many steps on; none are no arrays.
       axes: the chain's axes, fastest first; the others are batch axes.
 
     Yields:
@@ -236,12 +226,12 @@ def successors(x: jax.Array, count: int, axes: ChainAxes) -> Iterator[jax.Array]
       >>> [x.tolist() for x in successors(jnp.array([1, 2, 3, 4]), 3, axes=(0,))]
       [[2, 3, 4, 0], [3, 4, 0, 0], [4, 0, 0, 0]]
     """
-    if not isinstance(axes, Tile):
+    if isinstance(axes, Tile):
+        for _ in range(count):
+            x = axes.roll(x, -1)
+            yield x
+    elif count:
         yield from _neighbours(x, axes, 1, count)
-        return
-    for _ in range(count):
-        x = successor(x, axes)
-        yield x
 
 
 def predecessor(x: jax.Array, axes: ChainAxes) -> jax.Array:
@@ -259,7 +249,10 @@ def predecessor(x: jax.Array, axes: ChainAxes) -> jax.Array:
       >>> predecessor(jnp.array([[1, 3, 5], [2, 4, 6]]), axes=(0, 1)).tolist()
       [[0, 2, 4], [1, 3, 5]]
     """
-    return _neighbours(x, axes, -1, 1)[0]
+    if isinstance(axes, Tile):
+        return axes.roll(x, 1)
+    (one,) = _neighbours(x, axes, -1, 1)
+    return one
 
 
 def sum_of_predecessors(arrays: Sequence[jax.Array], axes: ChainAxes) -> jax.Array:

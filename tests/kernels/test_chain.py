@@ -53,6 +53,14 @@ def test_shifts_equal_those_of_the_flattened_chain(devices, drawn):
         np.testing.assert_array_equal(successor, expected)
 
 
+def test_on_one_cpu_the_steps_on_are_slices_of_one_array(monkeypatch):
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    steps = jax.jit(lambda x: list(chain.successors(x, 5, (0, 1))))
+    program = steps.lower(jnp.ones((8, 3))).as_text()
+    assert program.count('stablehlo.concatenate') == 1
+    assert 'call @' not in program  # as each roll is
+
+
 @given(arrays_and_axes())
 def test_sum_of_predecessors_is_the_sum_of_shifts(drawn):
     x, axes, batch, order = drawn
