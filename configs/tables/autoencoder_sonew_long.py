@@ -40,6 +40,11 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
         'Nesterov, b2 rising, eps to a tenth, rate x 1.4',
         dict(nesterov=True, learning_rate=higher, **tenth),
     )
+    for b1 in (0.9, 0.96):
+        yield (
+            f'Nesterov, b1 {b1}, b2 rising, eps to a tenth, rate x 1.4',
+            dict(nesterov=True, b1=b1, learning_rate=higher, **tenth),
+        )
     slower = dict(schedules=dict(b2=(BASE['b2'], 0.999)))
     yield (
         'Nesterov, b2 from 0.948 to 0.999, rate x 1.4',
