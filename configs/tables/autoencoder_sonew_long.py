@@ -17,6 +17,11 @@ from configs.tables import autoencoder_sonew
 BASE = dict(learning_rate=5.683e-3, b1=0.9289, b2=0.9478, eps=2.848e-6)
 
 
+def _of_mean(share: float) -> dict[str, float]:
+    """The library's default damping, in place of an eps for all leaves."""
+    return dict(eps=1e-16, mean_eps=share)
+
+
 def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
     rising = dict(schedules=dict(b2=(BASE['b2'], 0.995)))
     yield 'second trial', {}
@@ -40,6 +45,12 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
         'Nesterov, b2 rising, eps to a tenth, rate x 1.4',
         dict(nesterov=True, learning_rate=higher, **tenth),
     )
+    # A share of each leaf's mean second moment: those of the leaves are 1e-6 to 1e-2.
+    for share in (0.1, 0.01):
+        yield (
+            f'Nesterov, b2 rising, mean eps {share}, rate x 1.4',
+            dict(nesterov=True, learning_rate=higher, **rising, **_of_mean(share)),
+        )
     for b1 in (0.9, 0.96):
         yield (
             f'Nesterov, b1 {b1}, b2 rising, eps to a tenth, rate x 1.4',
