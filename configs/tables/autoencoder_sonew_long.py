@@ -46,7 +46,7 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
         dict(nesterov=True, learning_rate=higher, **tenth),
     )
     # A share of each leaf's mean second moment: those of the leaves are 1e-6 to 1e-2.
-    for share in (0.1, 0.01):
+    for share in (0.1, 0.01, 0.001):
         yield (
             f'Nesterov, b2 rising, mean eps {share}, rate x 1.4',
             dict(nesterov=True, learning_rate=higher, **rising, **_of_mean(share)),
