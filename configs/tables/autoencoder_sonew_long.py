@@ -51,7 +51,7 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
             f'Nesterov, b2 rising, mean eps {share}, rate x 1.4',
             dict(nesterov=True, learning_rate=higher, **rising, **_of_mean(share)),
         )
-    for b1 in (0.9, 0.96):
+    for b1 in (0.9, 0.96, 0.98):
         yield (
             f'Nesterov, b1 {b1}, b2 rising, eps to a tenth, rate x 1.4',
             dict(nesterov=True, b1=b1, learning_rate=higher, **tenth),
@@ -88,6 +88,10 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
         yield (
             f'band {band}, Nesterov, b2 rising, eps to a tenth, rate x 1.4',
             dict(band=band, nesterov=True, learning_rate=higher, **tenth),
+        )
+        yield (
+            f'band {band}, Nesterov, b1 0.96, b2 rising, eps to a tenth, rate x 1.4',
+            dict(band=band, nesterov=True, b1=0.96, learning_rate=higher, **tenth),
         )
     yield (
         'band 8, Nesterov, b2 rising, rate x 1.4',
