@@ -56,6 +56,12 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
             f'Nesterov, b1 {b1}, b2 rising, eps to a tenth, rate x 1.4',
             dict(nesterov=True, b1=b1, learning_rate=higher, **tenth),
         )
+    # It is ahead by what noise it leaves out, until the rate has fallen: room for a higher one.
+    for b1, factor in ((0.96, 2), (0.96, 2.8), (0.98, 2.8), (0.98, 4)):
+        yield (
+            f'Nesterov, b1 {b1}, b2 rising, eps to a tenth, rate x {factor}',
+            dict(nesterov=True, b1=b1, learning_rate=factor * rate, **tenth),
+        )
     slower = dict(schedules=dict(b2=(BASE['b2'], 0.999)))
     yield (
         'Nesterov, b2 from 0.948 to 0.999, rate x 1.4',
@@ -89,10 +95,11 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
             f'band {band}, Nesterov, b2 rising, eps to a tenth, rate x 1.4',
             dict(band=band, nesterov=True, learning_rate=higher, **tenth),
         )
-        yield (
-            f'band {band}, Nesterov, b1 0.96, b2 rising, eps to a tenth, rate x 1.4',
-            dict(band=band, nesterov=True, b1=0.96, learning_rate=higher, **tenth),
-        )
+        for factor in (1.4, 2, 2.8):
+            yield (
+                f'band {band}, Nesterov, b1 0.96, b2 rising, eps to a tenth, rate x {factor}',
+                dict(band=band, nesterov=True, b1=0.96, learning_rate=factor * rate, **tenth),
+            )
     yield (
         'band 8, Nesterov, b2 rising, rate x 1.4',
         dict(band=8, nesterov=True, learning_rate=higher, **rising),
