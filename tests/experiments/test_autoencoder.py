@@ -171,3 +171,29 @@ def test_real_mnist_is_the_same_from_both_forms(data_dir, tmp_path):
         (only / folder).symlink_to(root / folder)
         for images, expected in zip(data.load('mnist', str(only)), (train, test), strict=True):
             np.testing.assert_array_equal(images, expected)
+
+
+def test_units_that_say_nothing():
+    """A saturated unit is one; one that is saturated at both ends is none, nor is the code."""
+    from flax import nnx
+
+    from experiments.tasks.autoencoder import model
+
+    network = model.Autoencoder((16, 6, 2, 4, 16), nnx.Rngs(0))
+    images = jnp.asarray(data.load('synthetic', None)[0][:50] / 255.0, jnp.float32)
+    assert network.constant_units(images) == 0
+    first, code, third = network.dense_0, network.dense_1, network.dense_2
+    first.bias[...] = first.bias[...].at[1].set(20.0).at[4].set(-20.0)
+    assert network.constant_units(images) == pytest.approx(2 / 10)
+    third.kernel[...] = third.kernel[...].at[:, 0].multiply(1e4)  # 1 or -1
+    assert network.constant_units(images) == pytest.approx(2 / 10)
+    code.kernel[...] = jnp.zeros_like(code.kernel[...])  # and the third layer's with it
+    assert network.constant_units(images) == pytest.approx(6 / 10)
+
+
+def test_summary_says_how_many_units_are_constant(paper_task):
+    params = paper_task.init(jax.random.key(0))
+    zero = jax.tree.map(jnp.zeros_like, params)
+    assert paper_task.describe(zero) == {'constant_units': 1}
+    loud = jax.tree.map(lambda x: 10 * x, params)
+    assert paper_task.describe(loud)['constant_units'] < 0.01

@@ -61,6 +61,12 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
             total += (len(images) - whole) * batch_loss(params, images[whole:])
         return total / len(images)
 
+    @jax.jit
+    def constant_units(params: Any) -> jax.Array:
+        images = train[:: -(-len(train) // 1000)]  # which are sorted
+        pixels = images.astype(jnp.float32) / data.MAX_PIXEL[config['source']]
+        return nnx.merge(graphdef, params).constant_units(pixels)
+
     return Task(
         train_data=arrays['train_loss'],
         batch_size=config['batch_size'],
@@ -69,4 +75,5 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
         loss=batch_loss,
         schedule=schedule,
         evaluate=lambda params: {k: mean_loss(params, x) for k, x in arrays.items()},
+        describe=lambda params: {'constant_units': float(constant_units(params))},
     )

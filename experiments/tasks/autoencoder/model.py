@@ -45,11 +45,25 @@ class Autoencoder(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits of shape (batch, pixels) from pixels of that shape, in [0, 1]."""
+        return self.outputs(x)[-1].astype(jnp.float32)
+
+    def outputs(self, x: jax.Array) -> list[jax.Array]:
+        """What each layer hands on, of shape (batch, units)."""
+        outputs = []
         for i in range(self.depth):
             x = getattr(self, f'dense_{i}')(x)
             if i not in self.linear:
                 x = nnx.tanh(x)
-        return x.astype(jnp.float32)
+            outputs.append(x)
+        return outputs
+
+    def constant_units(self, x: jax.Array) -> jax.Array:
+        """The share of the tanh units that say nothing of these inputs, saturated at one end: the
+        standard deviation of their outputs, which are in [-1, 1], is below 0.02.
+        """
+        units = [y for i, y in enumerate(self.outputs(x)) if i not in self.linear]
+        deviations = [jnp.std(y.astype(jnp.float32), axis=0) for y in units]
+        return jnp.mean(jnp.concatenate(deviations) < 0.02)
 
 
 def _product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
