@@ -103,6 +103,10 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
             f'band {band}, Nesterov, b2 rising, eps to a tenth, rate x 1.4',
             dict(band=band, nesterov=True, learning_rate=higher, **tenth),
         )
+        yield (
+            f'band {band}, Nesterov, b1 from 0.9 to 0.98, b2 rising, eps to a tenth, rate x 1.4',
+            dict(band=band, nesterov=True, learning_rate=higher, **longer),
+        )
         for factor in (1.4, 2, 2.8):
             yield (
                 f'band {band}, Nesterov, b1 0.96, b2 rising, eps to a tenth, rate x {factor}',
