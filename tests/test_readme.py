@@ -27,7 +27,7 @@ def test_python_blocks_print_the_text_blocks(page):
 def test_there_are_python_blocks():
     """The swap, layouts, plans of all kinds and a sharded state are shown by code that runs."""
     text = ''.join(page.read_text() for page in PAGES)
-    assert text.count('```python\n') >= 5
+    assert text.count('```python\n') == 5
 
 
 @pages
@@ -39,5 +39,9 @@ def test_named_commands_configs_and_links_exist(page):
         assert (ROOT / (module.replace('.', '/') + '.py')).exists(), module
     targets = re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE)
     assert set(re.findall(r'(?:^|`)make ([\w-]+)', text, re.MULTILINE)) <= set(targets)
-    for link in re.findall(r'\]\(([^)#:]+)(?:#[^):]*)?\)', text):
+    for link, anchor in re.findall(r'\]\(([^)#:]+)(?:#([^):]*))?\)', text):
         assert (page.parent / link).exists(), link
+        if anchor:
+            headings = re.findall('^#+ (.*)$', (page.parent / link).read_text(), re.MULTILINE)
+            found = [re.sub(r'[^\w -]', '', heading.lower()) for heading in headings]
+            assert anchor in [heading.replace(' ', '-') for heading in found], (link, anchor)

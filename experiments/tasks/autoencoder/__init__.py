@@ -39,8 +39,11 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
         network = make(nnx.Rngs(params=key))
         return nnx.to_pure_dict(nnx.state(network, nnx.Param))
 
+    def pixels_of(images: jax.Array) -> jax.Array:
+        return images.astype(jnp.float32) / data.MAX_PIXEL[config['source']]
+
     def batch_loss(params: Any, images: jax.Array) -> jax.Array:
-        pixels = images.astype(jnp.float32) / data.MAX_PIXEL[config['source']]
+        pixels = pixels_of(images)
         return loss.reconstruction_loss(nnx.merge(graphdef, params)(pixels), pixels)
 
     def schedule(peak: float, anneal: bool = True) -> optax.Schedule:
@@ -64,8 +67,7 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
     @jax.jit
     def constant_units(params: Any) -> jax.Array:
         images = train[:: -(-len(train) // 1000)]  # which are sorted
-        pixels = images.astype(jnp.float32) / data.MAX_PIXEL[config['source']]
-        return nnx.merge(graphdef, params).constant_units(pixels)
+        return nnx.merge(graphdef, params).constant_units(pixels_of(images))
 
     return Task(
         train_data=arrays['train_loss'],
