@@ -66,7 +66,7 @@ def make_task(config: Mapping[str, Any], data_dir: str | None) -> Task:
 
     @jax.jit
     def constant_units(params: Any) -> jax.Array:
-        images = train[:: -(-len(train) // 1000)]  # which are sorted
+        images = jnp.asarray(train[:: -(-len(train) // 1000)])  # every so many: they are sorted
         return nnx.merge(graphdef, params).constant_units(pixels_of(images))
 
     return Task(
