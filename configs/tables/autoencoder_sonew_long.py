@@ -22,6 +22,12 @@ def _of_mean(share: float) -> dict[str, float]:
     return dict(eps=1e-16, mean_eps=share)
 
 
+def _bands(pixels: int, next_to_them: int, inner: int) -> tuple[tuple[str, dict[str, int]], ...]:
+    """Bands by layer: the kernels of the pixels, those next to them, and the inner ones."""
+    kernels = {'[07]': pixels, '[16]': next_to_them, '[2345]': inner}
+    return tuple((f'dense_{layers}/kernel', dict(band=band)) for layers, band in kernels.items())
+
+
 def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
     rising = dict(schedules=dict(b2=(BASE['b2'], 0.995)))
     yield 'second trial', {}
@@ -99,6 +105,16 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
         yield (
             f'band {band}, Nesterov, b1 from 0.9 to 0.98, b2 rising, eps to a tenth, rate x 1.4',
             dict(band=band, nesterov=True, learning_rate=higher, **longer),
+        )
+    # More of a gradient's entry is told by its neighbours the nearer its layer is to the code.
+    for end in (0.995, 0.999):
+        schedules = dict(longer['schedules'], b2=(BASE['b2'], end))
+        yield (
+            f'bands 4, 8, 12, Nesterov, b1 from 0.9 to 0.98, b2 to {end}, eps to a tenth, '
+            'rate x 1.4',
+            dict(
+                layout=_bands(4, 8, 12), nesterov=True, learning_rate=higher, schedules=schedules
+            ),
         )
     for factor in (1.4, 2):
         yield (
