@@ -22,17 +22,13 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tqdm
 from absl import flags
 
 import precond_optax
+from experiments import gradients, report, workdir
 from experiments import main as main_lib
-from experiments import optimizers, program, report, segments, tasks, workdir
 
-_LAYERS = flags.DEFINE_list('layers', ['dense_0', 'dense_2', 'dense_3', 'dense_6'], 'Which ones.')
-_WARMUP = flags.DEFINE_integer('warmup', 100, 'Steps before the first that counts.', lower_bound=0)
-_STEPS = flags.DEFINE_integer('steps', 200, 'Steps that count.', lower_bound=1)
 _MAX_ONLINE_RANK = flags.DEFINE_integer('max_online_rank', 64, 'No online basis above this rank.')
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -42,44 +38,6 @@ BASES = {
     'online': 'shared, as the method finds it',
 }
 MEASURES = {'trace': 'sum of tr H_i', 'squares': 'sum of ||H_i||_F^2'}
-
-
-def gradients(
-    task: tasks.Task,
-    optimizer: Mapping[str, Any],
-    layers: Sequence[str],
-    *,
-    warmup: int,
-    steps: int,
-    seed: int,
-) -> tuple[dict[str, np.ndarray], list[float]]:
-    """The kernels' gradients (steps, inputs, outputs) after the warm-up, and all steps' losses."""
-
-    def kernels(tree: Any) -> dict[str, jax.Array]:
-        return {layer: tree[layer]['kernel'] for layer in layers}
-
-    # Its state is the last gradient.
-    record = optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, kernels(params)),
-        lambda updates, state, params=None: (updates, kernels(updates)),
-    )
-    tx = optax.chain(record, optimizers.make(optimizer, optax.constant_schedule, warmup + steps))
-    params = task.init(jax.random.fold_in(jax.random.key(seed), 0))
-    if unknown := [layer for layer in layers if layer not in params]:
-        raise ValueError(f'--layers: {unknown} not among {sorted(params)}.')
-    carry = program.Carry(params, tx.init(params), jnp.zeros([], jnp.int32))
-    segment = segments.make_segment(task, program.make_step(task, tx), seed)
-    kept = {k: np.empty((steps, *x.shape), np.float32) for k, x in kernels(params).items()}
-    losses = []
-    if warmup:
-        carry, first = segment(carry, task.train_data, warmup)
-        losses += np.asarray(first['loss']).tolist()
-    for step in tqdm.trange(steps, unit='step'):
-        carry, told = segment(carry, task.train_data, 1)
-        losses += np.asarray(told['loss']).tolist()
-        for layer, array in kept.items():
-            array[step] = carry.opt_state[0][layer]
-    return kept, losses
 
 
 def gram_matrices(grads: np.ndarray) -> np.ndarray:
@@ -263,31 +221,17 @@ def plot(layers: Mapping[str, Mapping[str, Any]], file: pathlib.Path) -> None:
 def main(argv: list[str]) -> None:
     """Trains, measures the layers and prints the tables."""
     main_lib.refuse_arguments(argv)
-    flag = flags.FLAGS
-    settings = {'warmup': _WARMUP.value, 'steps': _STEPS.value}
+    folder = flags.FLAGS.workdir
     with main_lib.clear_errors():
-        task = tasks.make(flag.task, flag.data_dir)
-        seed = flag.task.seed
-        grads, losses = gradients(task, flag.optimizer, _LAYERS.value, **settings, seed=seed)
+        grads, about = gradients.of_flags()
     layers = {
         layer: measure(grads.pop(layer), RANKS, _MAX_ONLINE_RANK.value)
-        for layer in tqdm.tqdm(_LAYERS.value, unit='layer')
+        for layer in tqdm.tqdm(list(grads), unit='layer')
     }
-    first, last = (np.mean(part) for part in np.array_split(losses[-_STEPS.value :], 2))
-    text = render(layers) + (
-        f'\n\n{settings["steps"]} steps after {settings["warmup"]} with {flag.optimizer.name}; '
-        f'mean loss {first:.2f} over the first half of them, {last:.2f} over the second'
-    )
-    content = {
-        'task': workdir.plain(flag.task),
-        'optimizer': workdir.plain(flag.optimizer),
-        **settings,
-        'losses': losses,
-        'layers': layers,
-    }
-    workdir.save_tables(flag.workdir, 'block_energy', content, text)
-    if flag.workdir:
-        plot(layers, pathlib.Path(flag.workdir) / 'block_energy.png')
+    text = f'{render(layers)}\n\n{gradients.describe(about)}'
+    workdir.save_tables(folder, 'block_energy', {**about, 'layers': layers}, text)
+    if folder:
+        plot(layers, pathlib.Path(folder) / 'block_energy.png')
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import block_energy, tasks
+from experiments import block_energy, gradients, tasks
 from tests.experiments.small import small_task
 
 STEPS, INPUTS, OUTPUTS = 6, 5, 4
@@ -83,7 +83,7 @@ def test_separate_bases_by_dense_eigenvalues(grads):
 def test_from_task_to_tables(tmp_path):
     task = tasks.make(small_task(batch_size=256), None)
     layers, optimizer = ['dense_0', 'dense_3'], {'name': 'sgd', 'learning_rate': 0.0}
-    grads, losses = block_energy.gradients(task, optimizer, layers, warmup=1, steps=3, seed=0)
+    grads, losses = gradients.collect(task, optimizer, layers, warmup=1, steps=3, seed=0)
     assert {k: g.shape for k, g in grads.items()} == {'dense_0': (3, 16, 8), 'dense_3': (3, 8, 16)}
     assert len(losses) == 4
     # At rate 0 each step's is the gradient of all data at the initial parameters.
@@ -99,4 +99,4 @@ def test_from_task_to_tables(tmp_path):
     block_energy.plot(found, tmp_path / 'plot.png')
     assert (tmp_path / 'plot.png').stat().st_size > 1000
     with pytest.raises(ValueError, match='dense_9'):
-        block_energy.gradients(task, optimizer, ['dense_9'], warmup=0, steps=1, seed=0)
+        gradients.collect(task, optimizer, ['dense_9'], warmup=0, steps=1, seed=0)
