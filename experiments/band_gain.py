@@ -22,20 +22,17 @@ band_gain.json there, and the table to band_gain.md.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import flags
 
 from experiments import gradients, report, workdir
 from experiments import main as main_lib
-from precond_optax.kernels import banded
 
 _BANDS = flags.DEFINE_list('bands', ['1', '2', '4', '8', '12'], 'Numbers of off-diagonals.')
 _COLUMNS = flags.DEFINE_integer('columns', 24, 'Lines of each kernel.', lower_bound=1)
 _B2 = flags.DEFINE_float('b2', None, "Decay, in place of the optimizer's.", 0, 1)
-_EPS = flags.DEFINE_float('eps', None, "Damping, in place of the optimizer's.", 0)
+_EPS = flags.DEFINE_float('eps', None, "Damping, in place of the optimizer's.", 1e-30)
 
 
 def gains(lines: np.ndarray, bands: Sequence[int], b2: float, eps: float) -> list[float]:
@@ -45,32 +42,31 @@ def gains(lines: np.ndarray, bands: Sequence[int], b2: float, eps: float) -> lis
       lines: gradients (steps, entries, chains).
       bands: numbers of off-diagonals, each below the number of entries.
       b2: decay of the mean, in [0, 1).
-      eps: added to the diagonal.
+      eps: added to the diagonal, above 0.
     """
-    grads = jnp.asarray(lines)
-    zeros = jnp.zeros(grads.shape[1:], grads.dtype)
-
-    @jax.jit
-    def moments(grads: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        start = (zeros, (zeros,) * max(bands))
-
-        def step(carry: Any, grad: jax.Array) -> tuple[Any, None]:
-            return banded.accumulate(grad, *carry, b2=b2, axes=(0,)), None
-
-        carry, _ = jax.lax.scan(step, start, grads)
-        corrected: Any = jax.tree.map(lambda x: x / (1 - b2 ** len(grads)), carry)
-        return corrected
-
-    diag, offdiag = moments(grads)
-    damping = dict(eps=eps, relative_eps=0.0, edge_tolerance=0.0)
-    counts = np.asarray(diag) > eps
-    found = []
-    for band in bands:
-        factor = jax.jit(lambda d, e: banded.factor(d, e, **damping, axes=(0,))[1])
-        schur = np.asarray(factor(diag, offdiag[:band]), np.float64)
-        shares = schur / (np.asarray(diag, np.float64) + eps)
-        found.append(float(np.mean(np.log(shares), where=counts)) if counts.any() else 0.0)
-    return found
+    steps, entries, chains = lines.shape
+    longest = max(bands)
+    weights = b2 ** np.arange(steps)[::-1] * (1 - b2) / (1 - b2**steps)
+    # Nothing follows a chain's end.
+    grads = np.zeros((steps, entries + longest, chains))
+    grads[:, :entries] = lines
+    moments = np.zeros((longest + 1, entries + longest, chains))  # by lag
+    for lag, moment in enumerate(moments):
+        shifted = np.roll(grads, -lag, axis=1)
+        np.einsum('t,tic,tic->ic', weights, grads, shifted, out=moment)
+    # The systems of each entry, bands last; the first pivots of a factor are those of fewer bands.
+    system = np.empty((entries, chains, longest, longest))
+    for p, q in np.ndindex(longest, longest):
+        first = 1 + min(p, q)
+        system[..., p, q] = moments[abs(p - q), first : first + entries] + (p == q) * eps
+    edges = np.moveaxis(moments[1:, :entries], 0, -1)[..., None]
+    told = np.linalg.solve(np.linalg.cholesky(system), edges)[..., 0] ** 2
+    diag = moments[0, :entries]
+    shares = 1 - np.cumsum(told, axis=-1) / (diag[..., None] + eps)
+    counts = diag > eps
+    if not counts.any():
+        return [0.0] * len(bands)
+    return [float(np.mean(np.log(shares[..., band - 1]), where=counts)) for band in bands]
 
 
 def measure(
