@@ -116,6 +116,13 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
                 layout=_bands(4, 8, 12), nesterov=True, learning_rate=higher, schedules=schedules
             ),
         )
+    # Late in a run longer means gain, of the gradient as of its second moment.
+    longest = dict(longer['schedules'], b1=(0.9, 0.99), b2=(BASE['b2'], 0.999))
+    for band in (1, 8):
+        yield (
+            f'band {band}, Nesterov, b1 from 0.9 to 0.99, b2 to 0.999, eps to a tenth, rate x 1.4',
+            dict(band=band, nesterov=True, learning_rate=higher, schedules=longest),
+        )
     for factor in (1.4, 2):
         yield (
             f'band 8, Nesterov, b1 0.96, b2 rising, eps to a tenth, rate x {factor}',
