@@ -43,6 +43,9 @@ def gains(lines: np.ndarray, bands: Sequence[int], b2: float, eps: float) -> lis
       bands: numbers of off-diagonals, each below the number of entries.
       b2: decay of the mean, in [0, 1).
       eps: added to the diagonal, above 0.
+
+    Raises:
+      ValueError: if ``eps`` leaves a singular system.
     """
     steps, entries, chains = lines.shape
     longest = max(bands)
@@ -60,7 +63,13 @@ def gains(lines: np.ndarray, bands: Sequence[int], b2: float, eps: float) -> lis
         first = 1 + min(p, q)
         system[..., p, q] = moments[abs(p - q), first : first + entries] + (p == q) * eps
     edges = np.moveaxis(moments[1:, :entries], 0, -1)[..., None]
-    told = np.linalg.solve(np.linalg.cholesky(system), edges)[..., 0] ** 2
+    try:
+        factor = np.linalg.cholesky(system)
+    except np.linalg.LinAlgError:
+        raise ValueError(
+            f'--eps: {eps:g} is too small for these gradients, of which some are told by others.'
+        ) from None
+    told = np.linalg.solve(factor, edges)[..., 0] ** 2
     diag = moments[0, :entries]
     shares = 1 - np.cumsum(told, axis=-1) / (diag[..., None] + eps)
     counts = diag > eps
@@ -108,10 +117,10 @@ def main(argv: list[str]) -> None:
             if own[name] is None:
                 raise ValueError(f'--{name}: needed, {flag.optimizer.name} has none.')
         grads, about = gradients.of_flags()
-    layers = {
-        layer: measure(grads.pop(layer), bands, _COLUMNS.value, **own)
-        for layer in tqdm.tqdm(list(grads), unit='layer')
-    }
+        layers = {
+            layer: measure(grads.pop(layer), bands, _COLUMNS.value, **own)
+            for layer in tqdm.tqdm(list(grads), unit='layer')
+        }
     settings = ', '.join(f'{name} {value:.4g}' for name, value in own.items())
     text = (
         f'mean of log(S / a)\n\n{render(layers, bands)}\n\n{gradients.describe(about)}; {settings}'

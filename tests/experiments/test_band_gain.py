@@ -57,3 +57,9 @@ def test_layers_by_order(lines):
     assert '7 x 3' in rows[2]
     empty = band_gain.gains(np.zeros_like(lines), (1,), 0.9, EPS)
     assert empty == [0.0]
+
+
+def test_damping_too_small_for_identical_neighbours(lines):
+    lines[:, 3:] = lines[:, 3:4]
+    with pytest.raises(ValueError, match='--eps: 0 is too small'):
+        band_gain.gains(lines, (1, 3), 0.9, 0.0)
