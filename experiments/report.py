@@ -252,9 +252,11 @@ def environment_lines(runs: Sequence[Run]) -> str:
 
 def _environment_line(environment: dict[str, Any]) -> str:
     versions = ', '.join(f'{k} {v}' for k, v in environment['versions'].items() if v)
+    flags = environment.get('xla_flags')
     return (
         f'{environment["num_devices"]} x {environment["device"]}, {environment["num_cpus"]} CPUs; '
         f'Python {environment["python"]}, {versions}; commit {environment["commit"]}'
+        + (f'; XLA_FLAGS {flags}' if flags else '')
     )
 
 

@@ -115,6 +115,7 @@ def environment() -> dict[str, Any]:
         'num_processes': jax.process_count(),
         'num_cpus': os.cpu_count(),
         'commit': commit,
+        **({'xla_flags': flags} if (flags := os.environ.get('XLA_FLAGS')) else {}),
     }
 
 

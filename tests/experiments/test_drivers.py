@@ -426,6 +426,16 @@ def test_command_line_overrides_reach_the_run(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])['steps'] == 24
 
 
+@pytest.mark.parametrize('flags', ['', '--xla_cpu_experimental_ynn_fusion_type='])
+def test_flags_of_the_compiler_are_kept_with_a_run(tmp_path, monkeypatch, flags):
+    monkeypatch.setenv('XLA_FLAGS', flags)  # XLA itself has read its flags by now
+    train.train_and_evaluate(small_task(epochs=1), config_of('optimizers', 'sgd'), tmp_path)
+    environment = json.loads((tmp_path / 'config.json').read_text())['environment']
+    assert environment.get('xla_flags', '') == flags
+    text = report.environment_lines(report.load([tmp_path]))
+    assert ('XLA_FLAGS' in text) == bool(flags) and flags in text
+
+
 def test_drivers_need_only_what_they_use(tmp_path):
     """Without TFDS, Optuna, matplotlib and the like, training still runs."""
     absent = ('tensorflow_datasets', 'array_record', 'conllu', 'grain', 'optuna', 'matplotlib')
