@@ -52,7 +52,7 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
             f'graft rmsprop_normalized, rate x {factor}',
             dict(graft='rmsprop_normalized', learning_rate=factor * BASE['learning_rate']),
         )
-    yield 'weight decay 1e-3', dict(weight_decay=1e-3)
+    yield 'weight decay 1e-2', dict(weight_decay=1e-2)
     for band in (0, 2, 4, 8):
         yield f'band {band}', dict(band=band)
     yield 'band 4 on the pixels', dict(band=1, layout=_bands(4, others=False))

@@ -69,6 +69,11 @@ def _changes() -> Iterator[tuple[str, dict[str, Any]]]:
             f'Nesterov, b1 from 0.9 to 0.98, b2 rising, eps to a tenth, rate x {factor}',
             dict(nesterov=True, learning_rate=factor * rate, **longer),
         )
+    # Whether weights that decay keep the units from saturating: by a fifth over the run.
+    yield (
+        'Nesterov, b1 from 0.9 to 0.98, b2 rising, eps to a tenth, rate x 1.4, weight decay 1e-2',
+        dict(nesterov=True, learning_rate=higher, weight_decay=1e-2, **longer),
+    )
     slower = dict(schedules=dict(b2=(BASE['b2'], 0.999)))
     yield (
         'Nesterov, b2 from 0.948 to 0.999, rate x 1.4',
