@@ -187,28 +187,35 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def plot(runs: Sequence[Run], file: pathlib.Path) -> None:
     """Training loss by epoch, or step, and by second, logarithmic, best run first in the legend.
 
-    Below it the accuracy on dev, if any run logged it.
+    Below it the accuracy on dev, if any run logged it. The legend is beside them, however large.
     """
     import matplotlib
 
     matplotlib.use('Agg')
-    from matplotlib import pyplot
+    from matplotlib import pyplot, rcsetup
 
     quantities = {'loss': 'training loss, mean since the last log line'}
     if any('dev_accuracy' in row for run in runs for row in run.metrics):
         quantities['dev_accuracy'] = 'accuracy on dev'
     in_epochs = all('epoch' in row for run in runs for row in run.metrics)
     against = {'epoch' if in_epochs else 'step': '', 'seconds': ' of training'}
+    shown = [run for run in by_loss(runs) if run.metrics]
+    # Inches that the legend needs.
+    width = 0.6 + 0.07 * max((len(run.label) for run in shown), default=0)
+    height = 0.3 + 0.2 * len(shown)
     figure, grid = pyplot.subplots(
         len(quantities),
         2,
-        figsize=(12, 4.5 * len(quantities)),
+        figsize=(12 + width, max(4.5 * len(quantities), height)),
         sharey='row',
         layout='constrained',
         squeeze=False,
     )
+    colors = matplotlib.rcParams['axes.prop_cycle']
+    for axis in grid.flat:
+        axis.set_prop_cycle(rcsetup.cycler(linestyle=['-', '--', ':', '-.']) * colors)
     for axes, (name, label) in zip(grid, quantities.items(), strict=True):
-        for run in (run for run in by_loss(runs) if run.metrics):
+        for run in shown:
             rows = [row for row in run.metrics if name in row]
             values = [math.nan if row[name] is None else row[name] for row in rows]
             for axis, x in zip(axes, against, strict=True):
@@ -219,7 +226,11 @@ def plot(runs: Sequence[Run], file: pathlib.Path) -> None:
             axis.yaxis.set_minor_formatter('{x:g}')
             axis.grid(visible=True, which='both', alpha=0.25)
         axes[0].set_ylabel(label)
-    grid[0, 0].legend(fontsize='small')
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(),
+        loc='outside right upper',
+        fontsize='small',
+    )
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 

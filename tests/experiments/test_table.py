@@ -323,6 +323,29 @@ def test_a_figure_goes_by_epochs_where_all_runs_have_some(unit, tmp_path, monkey
     assert list(drawn[0].lines[0].get_xdata()) == [row[unit] for row in rows]
 
 
+@pytest.mark.parametrize('label', ['a', 'a row that has everything changed that there is: '])
+def test_a_figure_of_many_runs_can_be_read(label, tmp_path, monkeypatch):
+    """However many there are, the axes keep their size, free of the legend, and lines differ."""
+    drawn = []
+
+    def laid_out(self, *_, **__):
+        self.draw_without_rendering()
+        drawn.append(self)
+
+    monkeypatch.setattr(figure.Figure, 'savefig', laid_out)
+    rows = [{'step': i, 'epoch': i, 'seconds': 7.0 * i, 'loss': 9.0 - i} for i in (1, 2)]
+    report.plot([report.Run(f'{label}{i}', {}, rows, {}) for i in range(40)], '')
+    legend = drawn[0].legends[0].get_window_extent()
+    for axes in drawn[0].axes:
+        box = axes.get_window_extent()
+        assert min(box.width / 5, box.height / 3.5) > drawn[0].dpi
+        assert not box.overlaps(legend)
+    assert legend.y0 >= 0
+    assert legend.x1 <= drawn[0].bbox.width
+    lines = {(line.get_color(), line.get_linestyle()) for line in drawn[0].axes[0].lines}
+    assert len(lines) == 40
+
+
 def test_a_table_sorted_by_the_largest(small, tmp_path):
     """Numbers of a group, scaled; the plot has the accuracy below the loss."""
     small.rows = {name: small.rows[name] for name in ('sgd', 'adam')}
