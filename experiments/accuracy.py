@@ -32,6 +32,8 @@ DTYPES: dict[str, tuple[str, dict[str, Any]]] = {
     'float32': ('float32', {}),
     'float32, relative_eps 1e-4': ('float32', {'relative_eps': 1e-4}),
     'bfloat16 gradients': ('bfloat16', {'mu_dtype': 'float32'}),
+    'bfloat16 mean': ('float32', {'mu_dtype': 'bfloat16'}),
+    'bfloat16 gradients and mean': ('bfloat16', {}),
     'bfloat16 statistics, stochastic': ('float32', {'stats_dtype': 'bfloat16'}),
     'bfloat16 statistics, nearest': (
         'float32',

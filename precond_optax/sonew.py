@@ -409,7 +409,8 @@ def sonew(
       delayed_graft: whether the ratio of the two norms is that of the step before, so that no
         pass over memory has to wait for them, see `update_and_apply`. In the first step, which
         has none before it, preconditioned leaves do not move.
-      mu_dtype: dtype in which the mean of the gradients is stored; None: the parameter's.
+      mu_dtype: dtype in which the mean of the gradients is stored; None: the parameter's. What is
+        rounded there is amplified as the direction is: for wide bands float32 is more exact.
       stats_dtype: dtype in which the second moment is stored; None: the parameter's, but float32
         at least.
       stochastic_rounding: whether statistics stored in bfloat16 are rounded stochastically, so

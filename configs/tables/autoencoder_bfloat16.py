@@ -24,11 +24,16 @@ def get_config() -> config_dict.ConfigDict:
     config.rows.schedule_free.note = (
         f'second moment {low}, and the sum of the weights, which soon stops growing'
     )
-    # So the same for one of ours, whose statistics are float32 else.
-    row = config.rows.sonew_tridiagonal.copy_and_resolve_references()
-    with row.unlocked():
-        row.settings.stats_dtype = 'bfloat16'
-        row.label += ', statistics in bfloat16'
-    with config.unlocked():
-        config.rows.sonew_tridiagonal_low = row
+    # So the same for one of ours, whose statistics are float32 else; and for another the mean of
+    # the gradients, bfloat16 else, in float32.
+    for name, base, kept, dtype, text in (
+        ('sonew_tridiagonal_low', 'sonew_tridiagonal', 'stats_dtype', 'bfloat16', 'statistics'),
+        ('sonew_band_4_mu', 'sonew_band_4', 'mu_dtype', 'float32', 'mean'),
+    ):
+        row = config.rows[base].copy_and_resolve_references()
+        with row.unlocked():
+            row.settings[kept] = dtype
+            row.label += f', {text} in {dtype}'
+        with config.unlocked():
+            config.rows[name] = row
     return config
