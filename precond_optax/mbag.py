@@ -306,7 +306,9 @@ def mbag(
     Args:
       learning_rate: the step size, a number or a schedule.
       momentum: decay of the sum of the directions, in [0, 1).
-      damping: :math:`\lambda`, what G begins with, in units of squared gradients, > 0.
+      damping: :math:`\lambda`, what G begins with, in units of squared gradients, > 0. A mean
+        forgets it, as :math:`d^t`: a group whose gradients get small for some :math:`1 / (1 - d)`
+        steps then takes long ones when they come back. ``graft`` keeps a leaf's step in bounds.
       block_size: :math:`\tau`, >= 1; no more than a leaf has entries. With
         ``optax.inject_hyperparams`` all floats may be traced; name the integers block_size,
         root_every and newton_schulz_steps in ``static_args``, and there also what you give of
