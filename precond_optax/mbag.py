@@ -307,8 +307,7 @@ def mbag(
       learning_rate: the step size, a number or a schedule.
       momentum: decay of the sum of the directions, in [0, 1).
       damping: :math:`\lambda`, what G begins with, in units of squared gradients, > 0. A mean
-        forgets it, as :math:`d^t`: a group whose gradients get small for some :math:`1 / (1 - d)`
-        steps then takes long ones when they come back. ``graft`` keeps a leaf's step in bounds.
+        forgets it, as :math:`d^t`.
       block_size: :math:`\tau`, >= 1; no more than a leaf has entries. With
         ``optax.inject_hyperparams`` all floats may be traced; name the integers block_size,
         root_every and newton_schulz_steps in ``static_args``, and there also what you give of
@@ -318,7 +317,9 @@ def mbag(
         but the first does all; a smaller leaf's steps are 1, 1 + root_every, and so on, or some
         later. Groups of one entry have theirs in each step. The first root, of
         one gradient, has the size of damping in all other directions: where that is far below
-        squared gradients, steps are long until the second.
+        squared gradients, steps are long until the second. Of a mean so are those of a group
+        whose gradients come back after t steps without: by :math:`d^{-t/2}`, until its next root.
+        With 1 no step of a mean is longer than :math:`(1 - d)^{-1/2}` for each group.
       newton_schulz_steps: of the iteration, >= 1. n of them resolve eigenvalues down to about
         :math:`(4/9)^n` of the largest; along smaller ones the step is too short, never too long.
       decay: None: the sum; or that of the mean, in [0, 1).

@@ -202,6 +202,23 @@ def test_leaves_take_turns_with_their_roots():
     assert changes[1:] == [turns[step % 3] for step in range(1, 7)]
 
 
+@pytest.mark.parametrize('every', [1, 10])
+def test_a_mean_forgets_in_a_pause(every):
+    """What comes back after it takes a step by its own size, or by the last root's, as long."""
+    decay, taken, pause = 0.9, 101, 92
+    gradient = np.array([[1.0], [0.0], [0.0], [0.0]])
+    grads = [gradient] * taken + [0 * gradient] * pause + [gradient]
+    tx = scale_by(momentum=0.0, damping=0.01, decay=decay, block_size=4, root_every=every)
+    found, _ = last_update(tx, grads)
+    held = 1 + (0.01 - 1) * decay**taken  # before the pause
+    if every == 1:
+        moment = decay ** (pause + 1) * held + (1 - decay)
+    else:  # the last root is that of step 191, of 194
+        moment = decay ** (191 - taken) * held
+    np.testing.assert_allclose(found, gradient / np.sqrt(moment), rtol=1e-6)
+    assert (found[0, 0] < (1 - decay) ** -0.5) == (every == 1)
+
+
 @pytest.mark.parametrize(('every', 'slices'), [(3, 3), (5, 5), (4, 3), (2, 1)])
 def test_groups_take_turns_with_their_roots(every, slices, monkeypatch):
     """Each has a new one in the first step and then in one out of `every`, the same for it."""

@@ -1,7 +1,7 @@
 """The same with parameters, gradients and activations in bfloat16, SONew's second table.
 
-The floats are those that float32's search found, of MBAG-EMA its second trial, as the first one's
-lose all in float32 already. The paper's figures of this table are not known.
+The floats are those that float32's search found, of MBAG-EMA its second trial's, as the first
+one's diverge in float32 already. The paper's figures of this table are not known.
 """
 
 from ml_collections import config_dict
@@ -27,7 +27,7 @@ def get_config() -> config_dict.ConfigDict:
     )
     config.rows.mbag_ema.settings.update(learning_rate=2.243e-4, momentum=0.8666, damping=2.153e-2)
     config.rows.mbag_ema.note = (
-        'settings of the second trial of its search; loses all in the 28th epoch'
+        'settings of the second trial of its search; stopped, as it diverged in the 28th epoch'
     )
     # So the same for one of ours, whose statistics are float32 else; and for another the mean of
     # the gradients, bfloat16 else, in float32.

@@ -1,6 +1,6 @@
 """A study of SONew on the autoencoder: one thing at a time is not as in the searched row.
 
-The last rows have together what helped alone. Longer means, relative damping, the other order,
+The last rows have together what helped alone. Longer means, ``mean_eps``, the other order,
 weight decay and more bands are in `autoencoder_sonew_long.py`, at the whole length.
 
 python -m experiments.table --table=configs/tables/autoencoder_sonew.py --epochs=30 ...
