@@ -34,6 +34,7 @@ def get_config() -> config_dict.ConfigDict:
     for name, base, kept, dtype, text in (
         ('sonew_tridiagonal_low', 'sonew_tridiagonal', 'stats_dtype', 'bfloat16', 'statistics'),
         ('sonew_band_4_mu', 'sonew_band_4', 'mu_dtype', 'float32', 'mean'),
+        ('block_adam_mu', 'block_adam', 'mu_dtype', 'float32', 'mean'),
     ):
         row = config.rows[base].copy_and_resolve_references()
         with row.unlocked():
