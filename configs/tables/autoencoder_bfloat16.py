@@ -42,4 +42,5 @@ def get_config() -> config_dict.ConfigDict:
             row.label += f', {text} in {dtype}'
         with config.unlocked():
             config.rows[name] = row
+    config.rows.block_adam_mu.note = 'stopped in the fourth epoch, as it gains little'
     return config
